@@ -1,0 +1,428 @@
+"""Configuration of every DeepSeek text model from DeepSeek-LLM to V3 / R1.
+
+`DeepseekConfig` reads the published `config.json` files unchanged and writes them back under the same official names,
+`model_type` and `architectures`, so that a checkpoint saved here opens in transformers' native classes and in other
+engines. In memory the class carries a `model_type` of its own (see docs/design.md for why).
+
+A model is described by independent axes, each resolved once here and never again in the modeling files:
+
+    attention_kind    "gqa" (DeepSeek-LLM, DeepSeekMoE) or "mla" (V2, V3): "mla" where `kv_lora_rank` is set
+    mlp_layer_types   "dense" or "sparse" for each layer, from `first_k_dense_replace`, `moe_layer_freq`, `n_routed_experts`
+    scoring_func      router scores: "softmax" or "sigmoid"
+    topk_method       router selection: "greedy", "group_limited_greedy" or "noaux_tc"
+    norm_topk_prob, routed_scaling_factor    router weights
+"""
+
+from transformers.configuration_utils import PreTrainedConfig
+
+# What a published family means by a field that its config.json leaves out.
+_DENSE = {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "kv_lora_rank": None,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": None,
+    "qk_rope_head_dim": None,
+    "v_head_dim": None,
+    "rope_interleave": False,
+    "n_routed_experts": None,
+    "n_shared_experts": None,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": None,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "aux_loss_alpha": 0.0,
+    "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+}
+_MOE = _DENSE | {
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408,
+    "first_k_dense_replace": 1,
+    "aux_loss_alpha": 0.001,
+}
+_V2 = _MOE | {
+    "num_hidden_layers": 27,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_interleave": True,
+}
+_V3 = _V2 | {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "aux_loss_alpha": 0.0001,  # V3 technical report, section 4.2; the released file does not say
+    "num_nextn_predict_layers": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+FAMILY_DEFAULTS = {"llama": _DENSE, "deepseek": _MOE, "deepseek_v2": _V2, "deepseek_v3": _V3}
+
+# The class names that go with a `model_type` in a published config.json: DeepseekV3ForCausalLM and so on.
+_ARCHITECTURE_PREFIX = {
+    "llama": "Llama",
+    "deepseek": "Deepseek",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+}
+_SCORING_FUNCS = ("softmax", "sigmoid")
+_TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+class DeepseekConfig(PreTrainedConfig):
+    """Configuration of a DeepSeek model.
+
+    Fields that are not given take the values of the published model of that `model_type`
+    (`FAMILY_DEFAULTS`); without a `model_type`, those of DeepSeek-V3.
+
+    Args:
+        vocab_size: rows of the embedding matrix.
+        hidden_size: width of the residual stream.
+        intermediate_size: inner width of the dense MLPs.
+        num_hidden_layers: decoder layers, the multi-token-prediction modules not counted.
+        num_attention_heads: query heads H.
+        num_key_value_heads: key/value heads of GQA; `None` means one for each query head.
+        head_dim: width of a GQA head; `None` means hidden_size / num_attention_heads. For MLA it is the rotated width.
+        kv_lora_rank: width C of MLA's key/value latent; `None` selects GQA.
+        q_lora_rank: width of MLA's query latent; `None` means an uncompressed query projection.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: MLA's widths per head Dn, Dr, Dv.
+        rope_interleave: rotate pairs (2i, 2i+1) as DeepSeek's MLA does, rather than (i, i + D/2) as Llama does.
+        rope_parameters: RoPE's `rope_theta`, `rope_type` and the rest; the published `rope_theta` and `rope_scaling`
+            are accepted and written back.
+        max_position_embeddings: longest context the model was made for, in tokens.
+        n_routed_experts: routed experts of a sparse layer; `None` makes every layer dense.
+        n_shared_experts: shared experts, run as one MLP of n_shared_experts * moe_intermediate_size.
+        num_experts_per_tok: routed experts that each token visits.
+        moe_intermediate_size: inner width of one expert.
+        first_k_dense_replace, moe_layer_freq: layer i is sparse if i >= first_k_dense_replace and
+            i % moe_layer_freq == 0.
+        scoring_func: router scores, "softmax" or "sigmoid".
+        topk_method: router selection, "greedy", "group_limited_greedy" (V2) or "noaux_tc" (V3).
+        n_group, topk_group: groups of experts, and how many of them a token may visit.
+        norm_topk_prob: divide the chosen scores by their sum.
+        routed_scaling_factor: factor on the routing weights.
+        aux_loss_alpha: weight of the sequence-wise balance loss in training; 0 turns it off.
+        num_nextn_predict_layers: multi-token-prediction modules, stored as layers num_hidden_layers, ...
+        mtp_loss_weight: weight of the multi-token-prediction loss in training (V3 report: 0.3, later 0.1).
+        attention_bias: biases in the attention projections that have them in the published code.
+        attention_dropout: dropout on attention probabilities.
+        hidden_act, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings: as in transformers.
+        mlp_bias: accepted from Llama configs; must be false, DeepSeek has no such biases.
+
+    Raises:
+        ValueError: for a combination that no DeepSeek model can have; it names the field, its value, what is allowed
+            and the remedy.
+    """
+
+    # Not one of the published types, on purpose: PEFT rewrites LoRA targets by the type of a config in memory, and
+    # its rules for "deepseek_v3" lose the shared experts and the dense layers. config.json gets the published type.
+    model_type = "deepseek_hub"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_tp_plan = {
+        # GQA; of these, MLA has o_proj and (without query compression) q_proj
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        # MLA: heads are split, the latents are not
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+
+    def __init__(
+        self,
+        checkpoint_model_type: str | None = None,
+        hidden_act: str = "silu",
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        attention_bias: bool = False,
+        attention_dropout: float = 0.0,
+        mlp_bias: bool = False,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        pad_token_id: int | None = None,
+        mtp_loss_weight: float = 0.3,
+        rope_parameters: dict | None = None,
+        rope_scaling: dict | None = None,
+        rope_theta: float | None = None,
+        **kwargs,
+    ):
+        published_type = kwargs.pop("model_type", None)
+        if published_type != self.model_type:
+            checkpoint_model_type = checkpoint_model_type or published_type
+        self.checkpoint_model_type = checkpoint_model_type or "deepseek_v3"
+        _check_choice("model_type", self.checkpoint_model_type, tuple(FAMILY_DEFAULTS))
+        for name, default in FAMILY_DEFAULTS[self.checkpoint_model_type].items():
+            setattr(self, name, kwargs.pop(name, default))
+
+        self.hidden_act = hidden_act
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.attention_bias = attention_bias
+        self.attention_dropout = attention_dropout
+        self.mlp_bias = mlp_bias
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings
+        self.pad_token_id = pad_token_id
+        self.mtp_loss_weight = mtp_loss_weight
+        self.rope_parameters = _resolve_rope(rope_parameters, rope_scaling, rope_theta, self.max_position_embeddings)
+        self._resolve_axes(kwargs.pop("attention_kind", None), kwargs.pop("mlp_layer_types", None))
+        self._validate()
+
+        # Left over: what transformers knows (architectures, dtype, ...) and what a checkpoint carries besides.
+        kwargs.pop("qk_head_dim", None)
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def _resolve_axes(self, attention_kind: str | None, mlp_layer_types: list[str] | None):
+        """Derives each axis from the published fields, unless the config states it."""
+        self.attention_kind = attention_kind or ("mla" if self.kv_lora_rank is not None else "gqa")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_kind == "mla":
+            self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read: the rotated width
+        elif self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        # null is how MoE-16B and native configs write "one group", "no scaling"
+        self.n_group = 1 if self.n_group is None else self.n_group
+        self.topk_group = self.n_group if self.topk_group is None else self.topk_group
+        self.routed_scaling_factor = 1.0 if self.routed_scaling_factor is None else self.routed_scaling_factor
+        self.n_shared_experts = self.n_shared_experts or 0
+        self.num_nextn_predict_layers = self.num_nextn_predict_layers or 0
+        if self.topk_method == "gready":  # the spelling of the first V2 files
+            self.topk_method = "greedy"
+
+        self.mlp_layer_types = mlp_layer_types or [
+            "sparse"
+            if self.n_routed_experts and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
+            else "dense"
+            for i in range(self.num_hidden_layers)
+        ]
+
+    def _validate(self):
+        """Raises a ValueError for the first field that no DeepSeek model can have."""
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        sizes += ["num_key_value_heads", "max_position_embeddings", "moe_layer_freq"]
+        if self.attention_kind == "mla":
+            sizes += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+            sizes += ["q_lora_rank"] if self.q_lora_rank is not None else []
+        else:
+            sizes += ["head_dim"]
+        if self.n_routed_experts:
+            sizes += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
+        for name in sizes:
+            _check_count(name, getattr(self, name), minimum=1)
+        for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
+            _check_count(name, getattr(self, name), minimum=0)
+        for name in ("aux_loss_alpha", "mtp_loss_weight", "rms_norm_eps", "attention_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` is {value!r}; it must be a number of at least 0.")
+
+        _check_choice("attention_kind", self.attention_kind, ("gqa", "mla"))
+        if self.attention_kind == "gqa" and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide `num_attention_heads` "
+                f"({self.num_attention_heads}); choose a divisor."
+            )
+        if self.head_dim % 2:
+            name = "qk_rope_head_dim" if self.attention_kind == "mla" else "head_dim"
+            raise ValueError(f"`{name}` is {self.head_dim}; RoPE turns pairs of numbers, so choose an even width.")
+        if self.mlp_bias:
+            raise ValueError("`mlp_bias` is true; DeepSeek MLPs have no biases. Set it to false.")
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`mlp_layer_types` has {len(self.mlp_layer_types)} entries for {self.num_hidden_layers} layers; "
+                "give one of 'dense' or 'sparse' for each layer, or leave the field out."
+            )
+        for kind in self.mlp_layer_types:
+            _check_choice("mlp_layer_types", kind, ("dense", "sparse"))
+        if "sparse" in self.mlp_layer_types and not self.n_routed_experts:
+            raise ValueError("`mlp_layer_types` has 'sparse' layers but `n_routed_experts` is not set; set it.")
+        if self.n_routed_experts:
+            self._validate_router()
+        _validate_rope(self.rope_parameters)
+
+    def _validate_router(self):
+        _check_choice("scoring_func", self.scoring_func, _SCORING_FUNCS)
+        _check_choice("topk_method", self.topk_method, _TOPK_METHODS)
+        if self.topk_method == "greedy":
+            reachable = self.n_routed_experts
+        else:
+            if self.n_routed_experts % self.n_group:
+                raise ValueError(
+                    f"`n_group` is {self.n_group}, which does not divide `n_routed_experts` "
+                    f"({self.n_routed_experts}); choose a divisor."
+                )
+            if self.topk_group > self.n_group:
+                raise ValueError(
+                    f"`topk_group` is {self.topk_group}, more than the {self.n_group} groups of `n_group`; "
+                    f"choose at most {self.n_group}."
+                )
+            group_size = self.n_routed_experts // self.n_group
+            if self.topk_method == "noaux_tc" and group_size < 2:
+                raise ValueError(
+                    f"`n_group` is {self.n_group}, one expert a group, but `topk_method` 'noaux_tc' ranks groups by "
+                    f"the sum of their two best experts; choose at most {self.n_routed_experts // 2} groups."
+                )
+            reachable = group_size * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"`num_experts_per_tok` is {self.num_experts_per_tok}, but a token can reach only {reachable} "
+                f"experts (`topk_group` of `n_group` groups); choose at most {reachable}."
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: Dn + Dr for MLA, head_dim for GQA."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention_kind == "mla" else self.head_dim
+
+    @property
+    def mtp_layer_type(self) -> str:
+        """MLP kind of the multi-token-prediction modules: sparse wherever the model has experts."""
+        return "sparse" if self.n_routed_experts else "dense"
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Moved aside before transformers compares it with ours and warns about a mismatch.
+        if "model_type" in config_dict:
+            config_dict["checkpoint_model_type"] = config_dict.pop("model_type")
+        return config_dict, kwargs
+
+    def to_dict(self) -> dict:
+        """The published form: official names only, with the checkpoint's own `model_type` and `architectures`."""
+        output = super().to_dict()
+        output["model_type"] = output.pop("checkpoint_model_type", self.checkpoint_model_type)
+        if output.get("architectures"):
+            prefix = _ARCHITECTURE_PREFIX[self.checkpoint_model_type]
+            output["architectures"] = [_publish_architecture(name, prefix) for name in output["architectures"]]
+        for derived in ("attention_kind", "mlp_bias"):
+            output.pop(derived, None)
+        defaults = FAMILY_DEFAULTS[self.checkpoint_model_type]
+        for name in defaults:
+            if defaults[name] is None and output.get(name) is None:
+                output.pop(name, None)
+        if self.attention_kind == "mla":
+            output.pop("head_dim", None)  # an alias of qk_rope_head_dim here
+        else:
+            output.pop("rope_interleave", None)
+
+        rope = dict(output.pop("rope_parameters"))
+        output["rope_theta"] = rope.pop("rope_theta")
+        rope_type = rope.pop("rope_type")
+        output["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
+        if "dtype" in output:
+            output["torch_dtype"] = output.pop("dtype")
+        return output
+
+
+def _publish_architecture(name: str, prefix: str) -> str:
+    """DeepseekForCausalLM -> DeepseekV3ForCausalLM; a name that already is a published one stays."""
+    for head in ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"):
+        if name == f"Deepseek{head}":
+            return prefix + head
+    return name
+
+
+def _resolve_rope(parameters: dict | None, scaling: dict | None, theta: float | None, max_positions: int) -> dict:
+    """One dict in transformers' form from it, or from the published `rope_scaling` and `rope_theta`."""
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"`{name}` is {value!r}; give a dict such as {{'type': 'yarn', 'factor': 40}}, or null.")
+    rope = dict(parameters or scaling or {})
+    old_name = rope.pop("type", None)
+    rope.setdefault("rope_type", old_name or "default")
+    rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
+    if rope["rope_type"] == "yarn":
+        rope.setdefault("original_max_position_embeddings", max_positions)
+    return rope
+
+
+def _validate_rope(rope: dict):
+    _check_choice("rope_scaling.type", rope["rope_type"], _ROPE_TYPES)
+    theta = rope["rope_theta"]
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        raise ValueError(f"`rope_theta` is {theta!r}; it must be a number above 0, for instance 10000.")
+    if rope["rope_type"] in ("yarn", "linear", "dynamic"):
+        factor = rope.get("factor")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
+            raise ValueError(
+                f"`rope_scaling.factor` is {factor!r}; type {rope['rope_type']!r} needs a number of at least 1, "
+                "the ratio of the extended to the original context."
+            )
+
+
+def _check_count(name: str, value, minimum: int):
+    # bool is an int to Python, but `true` as a size is a mistake
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {minimum}.")
+
+
+def _check_choice(name: str, value, allowed: tuple):
+    if value not in allowed:
+        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+__all__ = ["DeepseekConfig"]

@@ -1,0 +1,782 @@
+"""DeepSeek language models: dense GQA (DeepSeek-LLM), DeepSeekMoE, and MLA with MoE (V2, V3, R1).
+
+Read from top to bottom: GQA, MLA, the decoder layer, the multi-token-prediction module, the model, its heads.
+
+    attention    ATTENTION_CLASSES[config.attention_kind]: "gqa" or "mla"
+    MLP          config.mlp_layer_types[i]: DeepseekMLP or DeepseekMoE (moe_deepseek.py, where the routers are)
+    kernels      transformers' attention interface (`attn_implementation`) and, for the experts of moe_deepseek.py,
+                 its @use_experts_implementation (`experts_implementation`)
+
+Papers: DeepSeek-LLM (arXiv:2401.02954), DeepSeekMoE (arXiv:2401.06066), DeepSeek-V2 (arXiv:2405.04434),
+DeepSeek-V3 (arXiv:2412.19437).
+
+Shape letters: B batch, S new tokens, T all tokens in view (past and new), H query heads, K key/value heads, D head
+width; for MLA Dn / Dr / Dv the widths of a head without and with position and of its value, C the latent width.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_deepseek import use_growing_layers
+from .configuration_deepseek import DeepseekConfig
+from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, apply_rotary, yarn_softmax_factor
+from .loading_deepseek import (
+    check_checkpoint,
+    default_dtype,
+    explain_loading_error,
+    ignored_mtp_keys,
+    register_expert_conversion,
+)
+from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
+
+logger = logging.get_logger(__name__)
+
+_BLOCK_BYTES = 64 * 2**20  # scores held at once while a long past is expanded block by block
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, for reference and for attention maps.
+
+    Args:
+        query: [B, H, S, D]; key: [B, K, T, D]; value: [B, K, T, Dv].
+        attention_mask: float [B, 1, S, T], added to the scores; None where nothing is hidden.
+
+    Returns:
+        output [B, S, H, Dv] and probabilities [B, H, S, T].
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # [B, H, T, D]
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)  # [B, H, T, Dv]
+    scores = query @ key.transpose(-1, -2) * scaling  # [B, H, S, T]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probs = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    probs = F.dropout(probs, p=dropout, training=module.training)
+    return (probs @ value).transpose(1, 2).contiguous(), probs  # [B, S, H, Dv]
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Hides what a mask hides: bool (false is hidden) or float (added). A row that hides all stays finite."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
+
+
+class DeepseekAttention(nn.Module):
+    """Grouped-query attention with half-split RoPE: DeepSeek-LLM and DeepSeekMoE."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [B, S, hidden_size] -> the same shape, and probabilities [B, H, S, T] where the kernel has them."""
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, S, D]
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, K, S, D]
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # [B, K, S, D]
+        query, key = (apply_rotary(states, *position_embeddings, layout="half") for states in (query, key))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, T, D]
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, probs = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), probs
+
+
+class DeepseekMLA(nn.Module):
+    """Multi-head latent attention, DeepSeek-V2 eq. 9-19 and V3 eq. 1-11.
+
+        c_t = norm(W_DKV h_t)                       latent [C], cached
+        k^R_t = RoPE(W_KR h_t)                      key part with position, shared by the heads [Dr], cached
+        k^C_t, v_t = W_UK c_t, W_UV c_t             each head's key part without position [Dn], and its value [Dv]
+        q^C_t, q^R_t                                likewise, from h_t or from a query latent of width q_lora_rank
+        scores = (q^C k^C + q^R k^R) * scaling
+
+    The cache holds C + Dr numbers a token, in the cache's `keys` (latent) and `values` (rotated key). Three forms of
+    the same attention, tested equal:
+
+        expanded   keys and values of the heads from the latents, then the attention interface. For new tokens that
+                   have no past in a cache (training, a first prompt).
+        absorbed   q^C W_UK against the latents, probabilities against the latents, then W_UV: the past is read once
+                   and never expanded. For few new tokens over a cached past.
+        blockwise  the past expanded one block at a time, joined by online softmax, so memory stays bounded.
+                   For many new tokens over a cached past (prefill in chunks).
+
+    Absorbed costs 2 (2C + Dr) operations for each head, query and key; expanding costs 2 (Dn + Dr + Dv) and, once
+    for each key, 2 C (Dn + Dv). Absorbed is cheaper as long as S <= `max_absorbed_tokens`.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.qk_head_dim = config.qk_head_dim
+        self.num_key_value_groups = 1  # after expansion each query head has its own key and value
+        self.scaling = self.qk_head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
+        self.attention_dropout = config.attention_dropout
+        self.rope_layout = "interleaved" if config.rope_interleave else "half"
+        self.is_causal = True
+        expanded_width = self.qk_nope_head_dim + self.v_head_dim
+        saved = 2 * self.kv_lora_rank - expanded_width  # by expansion, for each query and key
+        self.max_absorbed_tokens = self.kv_lora_rank * expanded_width // saved if saved > 0 else float("inf")
+
+        heads, bias = config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekRMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekRMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * expanded_width, bias=False)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        has_past: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: [B, S, hidden_size].
+            position_embeddings: cos, sin, each float32 [B, S, Dr/2].
+            attention_mask: what the attention interface takes, for S new tokens; with a past, a mask [B, 1, S, T],
+                bool (false is hidden) or float (added), or None where nothing is hidden.
+            has_past: whether the cache holds tokens from before.
+
+        Returns:
+            [B, S, hidden_size], and probabilities [B, H, S, T] where they exist.
+        """
+        q_nope, q_rope = self._queries(hidden_states, position_embeddings)
+        latent, k_rope = self._latents(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            all_latent, all_k_rope = past_key_values.update(latent, k_rope, self.layer_idx)  # [B, 1, T, C], [B, 1, T, Dr]
+
+        if not has_past:
+            output, probs = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
+        elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
+            output, probs = self._absorbed(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
+        else:
+            output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
+        return self.o_proj(output.flatten(2)), probs
+
+    def _queries(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> q_nope [B, H, S, Dn], q_rope [B, H, S, Dr]"""
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.view(*hidden_states.shape[:2], -1, self.qk_head_dim).transpose(1, 2)  # [B, H, S, Dn + Dr]
+        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return q_nope, apply_rotary(q_rope, *position_embeddings, layout=self.rope_layout)
+
+    def _latents(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> latent [B, 1, S, C], k_rope [B, 1, S, Dr]; the head axis is there for the cache layers"""
+        compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]  # [B, 1, S, C + Dr]
+        latent, k_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(latent), apply_rotary(k_rope, *position_embeddings, layout=self.rope_layout)
+
+    def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, 1, S, C], [B, 1, S, Dr] -> keys [B, H, S, Dn + Dr], values [B, H, S, Dv]"""
+        batch, _, length, _ = latent.shape
+        expanded = self.kv_b_proj(latent).view(batch, length, -1, self.qk_nope_head_dim + self.v_head_dim)
+        k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, H, S, .]
+        key = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        return key, value
+
+    def _expanded(self, q_nope, q_rope, latent, k_rope, attention_mask, **kwargs):
+        """Attention of S tokens among themselves by the chosen kernel -> [B, S, H, Dv], probabilities or None"""
+        query = torch.cat((q_nope, q_rope), dim=-1)  # [B, H, S, Dn + Dr]
+        key, value = self._expand(latent, k_rope)
+        implementation = self.config._attn_implementation
+        # These kernels want values as wide as keys. (Of sdpa, only the CPU's: it would fall back to one that holds
+        # all S x S scores.)
+        pad = "flash" in implementation or (implementation == "sdpa" and query.device.type == "cpu")
+        if pad and self.v_head_dim < self.qk_head_dim:
+            value = F.pad(value, (0, self.qk_head_dim - self.v_head_dim))  # [B, H, S, Dn + Dr]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, probs = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output[..., : self.v_head_dim], probs
+
+    def _absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask):
+        """Attention over latents [B, 1, T, C] and keys [B, 1, T, Dr] as they lie in the cache -> [B, S, H, Dv], probs"""
+        batch, heads, length, _ = q_nope.shape
+        w_uk, w_uv = self._up_projections()
+        latent, k_rope = latent[:, 0], k_rope[:, 0]  # [B, T, C], [B, T, Dr]
+        q_latent = (q_nope * self.scaling) @ w_uk  # [B, H, S, C]
+        # All heads read the same keys, so they are rows of one matrix product and the past is read once.
+        scores = q_latent.flatten(1, 2) @ latent.transpose(1, 2)  # [B, H * S, T]
+        scores = torch.baddbmm(scores, (q_rope * self.scaling).flatten(1, 2), k_rope.transpose(1, 2))  # [B, H * S, T]
+        scores = _masked(scores.view(batch, heads, length, -1), attention_mask)  # [B, H, S, T]
+        probs = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
+        mixed = (probs.flatten(1, 2) @ latent).view(batch, heads, length, -1)  # [B, H, S, C]
+        return (mixed @ w_uv.transpose(1, 2)).transpose(1, 2), probs  # [B, S, H, Dv]
+
+    def _blockwise(self, q_nope, q_rope, latent, k_rope, attention_mask):
+        """As `_absorbed`, by expanding one block of keys at a time -> [B, S, H, Dv], None"""
+        query = torch.cat((q_nope, q_rope), dim=-1) * self.scaling  # [B, H, S, Dn + Dr]
+        batch, heads, length, _ = query.shape
+        block = max(128, _BLOCK_BYTES // (4 * batch * heads * length))
+        # Online softmax: the running maximum, sum and output of what has been seen, all float32.
+        maximum = query.new_full((batch, heads, length, 1), float("-inf"), dtype=torch.float32)
+        total = torch.zeros_like(maximum)
+        output = torch.zeros(batch, heads, length, self.v_head_dim, dtype=torch.float32, device=query.device)
+        for start in range(0, latent.shape[2], block):
+            keys = slice(start, start + block)
+            key, value = self._expand(latent[:, :, keys], k_rope[:, :, keys])
+            mask = None if attention_mask is None else attention_mask[..., keys]
+            scores = _masked((query @ key.transpose(-1, -2)).float(), mask)  # [B, H, S, block]
+            new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
+            probs = (scores - new_maximum).exp()
+            decay = (maximum - new_maximum).exp()  # [B, H, S, 1]
+            total = total * decay + probs.sum(dim=-1, keepdim=True)
+            output = output * decay + (probs.to(value.dtype) @ value).float()
+            maximum = new_maximum
+        return (output / total).to(q_nope.dtype).transpose(1, 2), None  # [B, S, H, Dv]
+
+    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_UK [H, Dn, C] and W_UV [H, Dv, C]: the two halves of kv_b_proj, head by head."""
+        weight = _dense_weight(self.kv_b_proj, self.kv_lora_rank)
+        weight = weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)  # [H, Dn + Dv, C]
+        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+
+
+def _dense_weight(linear: nn.Module, in_features: int) -> torch.Tensor:
+    """The matrix [out, in] a linear module applies, whatever it is: plain, with LoRA, quantised or offloaded."""
+    if type(linear) is nn.Linear and not linear.weight.is_meta:
+        return linear.weight
+    weight = getattr(linear, "weight", None)
+    like = next(p for p in linear.parameters() if p.is_floating_point()) if weight is None else weight
+    identity = torch.eye(in_features, dtype=like.dtype, device=like.device)
+    return linear(identity).T
+
+
+ATTENTION_CLASSES = {"gqa": DeepseekAttention, "mla": DeepseekMLA}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class DeepseekDecoderLayer(GradientCheckpointingLayer):
+    """h + attention(norm(h)), then h + mlp(norm(h)); the MLP is dense or a mixture of experts."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        is_mtp = layer_idx >= config.num_hidden_layers
+        self.is_sparse = (config.mtp_layer_type if is_mtp else config.mlp_layer_types[layer_idx]) == "sparse"
+        self.self_attn = ATTENTION_CLASSES[config.attention_kind](config, layer_idx)
+        self.mlp = DeepseekMoE(config, layer_idx) if self.is_sparse else DeepseekMLP(config, config.intermediate_size)
+        self.input_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [B, S, hidden_size], token_mask bool [B, S] -> the new states, and a balance loss in training"""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if not self.is_sparse:
+            return hidden_states + self.mlp(normed), None
+        output, balance_loss = self.mlp(normed, token_mask)
+        return hidden_states + output, balance_loss
+
+
+class DeepseekSharedHead(nn.Module):
+    """The norm before the output head of a multi-token-prediction module; the head itself is the model's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class DeepseekMTPLayer(DeepseekDecoderLayer):
+    """Multi-token-prediction module k, DeepSeek-V3 eq. 21-23: predicts token t + k + 1 from state t and token t + k.
+
+        h'_t = W [norm(embedding of token t + k); norm(h^(k-1)_t)],   h^k = decoder_layer(h')
+
+    In that order, which is the checkpoint's and not the paper's. h^0 is the model's output after its last norm.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.enorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = DeepseekSharedHead(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states h^(k-1) and next_embeds, each [B, S, hidden_size] -> h^k, and a balance loss in training"""
+        joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)  # [B, S, 2 * hidden_size]
+        return super().forward(self.eh_proj(joined), **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Outputs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DeepseekModelOutput(ModelOutput):
+    """
+    last_hidden_state: [B, S, hidden_size], after the last norm.
+    past_key_values: the cache, if one was used.
+    hidden_states: with `output_hidden_states`, the embeddings and every layer's output.
+    attentions: with `output_attentions` and eager attention, probabilities [B, H, S, T] of every layer.
+    router_logits: with `output_router_logits`, float32 [B * S, E] of every sparse layer.
+    aux_loss: in training with `aux_loss_alpha`, the sum of the layers' balance losses, without that factor.
+    mtp_hidden_states: with `output_mtp_hidden_states`, one [B, S, hidden_size] a module, before its output norm.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    mtp_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class DeepseekCausalLMOutput(ModelOutput):
+    """
+    loss: with `labels`: `lm_loss`, and in training also mtp_loss_weight * mtp_loss + aux_loss_alpha * aux_loss.
+    logits: [B, S or `logits_to_keep`, vocab_size].
+    lm_loss: cross entropy of the next token, nats a token.
+    mtp_loss: mean over the multi-token-prediction modules of their cross entropies; in training only.
+    aux_loss: sum of the layers' balance losses, without the factor; in training only.
+    The rest as in `DeepseekModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    lm_loss: torch.FloatTensor | None = None
+    mtp_loss: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class DeepseekPreTrainedModel(PreTrainedModel):
+    """Loading, initialisation and what transformers and serving engines ask of a model class."""
+
+    config_class = DeepseekConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": DeepseekDecoderLayer,
+        "attentions": [DeepseekMLA, DeepseekAttention],
+        "router_logits": OutputRecorder(DeepseekRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in transformers; besides, checks the files first, does without multi-token-prediction weights that a
+        checkpoint lacks, dequantises block-scaled FP8, and picks float32 on CPUs that have no bfloat16 arithmetic.
+
+        Raises:
+            ValueError: a shard is missing, truncated or no safetensors file; the message names the file.
+        """
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        config = copy.deepcopy(config)
+        check_checkpoint(pretrained_model_name_or_path, config, kwargs)
+        kwargs.setdefault("dtype", default_dtype(config, kwargs))
+        with explain_loading_error(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+    def update_router_bias(self, update_rate: float = 1e-3) -> dict[int, torch.Tensor]:
+        """`moe_deepseek.update_router_bias` on this model: call it after each optimiser step."""
+        return update_router_bias(self, update_rate)
+
+
+class DeepseekModel(DeepseekPreTrainedModel):
+    """Embedding, decoder layers and last norm. `layers` also holds the multi-token-prediction modules, behind the
+    `num_hidden_layers` of the model itself, as the checkpoints number them; the forward runs them only on request."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        num_layers = config.num_hidden_layers
+        self.layers = nn.ModuleList([DeepseekDecoderLayer(config, i) for i in range(num_layers)])
+        self.layers.extend(
+            [DeepseekMTPLayer(config, num_layers + k) for k in range(config.num_nextn_predict_layers)]
+        )
+        self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_mtp_hidden_states: bool = False,
+        **kwargs,
+    ) -> DeepseekModelOutput:
+        """
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, T], 1 for tokens and 0 for padding, or a mask [B, 1, S, T] in the form of the
+                attention implementation. None: all are tokens; if `position_ids` start again within a row, they
+                separate documents that do not see each other (without a cache).
+            position_ids: int64 [B, S]; by default counted on from the cache.
+            past_key_values: a cache from an earlier call, extended in place.
+            inputs_embeds: [B, S, hidden_size], instead of `input_ids`.
+            output_mtp_hidden_states: run the multi-token-prediction modules too; without a cache only.
+
+        Raises:
+            ValueError: both or none of input_ids and inputs_embeds are given, or (on a CPU) a token id is outside the
+                vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        use_growing_layers(past_key_values)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+
+        token_mask = attention_mask.bool() if self.training and _is_padding_mask(attention_mask, inputs_embeds) else None
+        attention_mask, has_past = self._mask(attention_mask, inputs_embeds, position_ids, past_key_values, past_length)
+        layer_kwargs = {
+            "attention_mask": attention_mask,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "position_ids": position_ids,
+            "token_mask": token_mask,
+            **kwargs,
+        }
+        hidden_states, balance_losses = inputs_embeds, []
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, balance_loss = layer(
+                hidden_states, past_key_values=past_key_values, has_past=has_past, **layer_kwargs
+            )
+            balance_losses.append(balance_loss)
+        hidden_states = self.norm(hidden_states)
+
+        mtp_hidden_states = None
+        if output_mtp_hidden_states:
+            mtp_hidden_states, mtp_balance_losses = self._predict_further(hidden_states, inputs_embeds, layer_kwargs)
+            balance_losses += mtp_balance_losses
+        balance_losses = [loss for loss in balance_losses if loss is not None]
+        return DeepseekModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            aux_loss=torch.stack([loss.to(hidden_states.device) for loss in balance_losses]).sum()
+            if balance_losses
+            else None,
+            mtp_hidden_states=mtp_hidden_states,
+        )
+
+    def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        try:
+            return self.embed_tokens(input_ids)  # [B, S, hidden_size]
+        except IndexError as error:
+            raise ValueError(
+                f"`input_ids` holds ids from {int(input_ids.min())} to {int(input_ids.max())}, but `vocab_size` is "
+                f"{self.embed_tokens.num_embeddings}: allowed are 0 to {self.embed_tokens.num_embeddings - 1}. Use "
+                "the checkpoint's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
+            ) from error
+
+    def _mask(self, attention_mask, inputs_embeds, position_ids, past_key_values, past_length):
+        """-> the mask the attention classes take, and whether there is a past to attend to.
+
+        GQA has one form for everything. MLA attends to new tokens through the attention interface as long as there
+        is no past (then the mask is as if there were no cache), and by matrix products of its own after that (then
+        the mask is a plain tensor, whatever the kernel).
+        """
+        arguments = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        if self.config.attention_kind == "gqa":
+            return create_causal_mask(
+                config=self.config, attention_mask=attention_mask, past_key_values=past_key_values, **arguments
+            ), True
+        length = inputs_embeds.shape[1]
+        if past_key_values is None:
+            return create_causal_mask(
+                config=self.config, attention_mask=attention_mask, past_key_values=None, **arguments
+            ), False
+        # A compiled step over a static cache cannot look at the length; it always has a past, or is masked as if.
+        if not torch.compiler.is_compiling() and int(past_length) == 0:
+            if attention_mask is not None:
+                attention_mask = attention_mask[..., :length]  # a static cache's mask covers its empty slots too
+            return create_causal_mask(
+                config=self.config, attention_mask=attention_mask, past_key_values=None, **arguments
+            ), False
+        return create_causal_mask(
+            config=_plain_mask_config(self.config),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **arguments,
+        ), True
+
+    def _predict_further(self, hidden_states, inputs_embeds, layer_kwargs):
+        """Runs the multi-token-prediction modules over whole rows -> their states, their balance losses.
+
+        Module k sees token t + k at place t. The last k places of a row have no such token; they get the row's first
+        ones, which no earlier place attends to, and their predictions are not used.
+        """
+        states, balance_losses = [], []
+        for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
+            hidden_states, balance_loss = layer(hidden_states, next_embeds=inputs_embeds.roll(-k, dims=1), **layer_kwargs)
+            states.append(hidden_states)
+            balance_losses.append(balance_loss)
+        return tuple(states), balance_losses
+
+
+def _is_padding_mask(attention_mask, inputs_embeds) -> bool:
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.shape == inputs_embeds.shape[:2]
+
+
+def _plain_mask_config(config):
+    """A config for which transformers makes masks as bool tensors [B, 1, S, T]."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = "sdpa"
+    return config
+
+
+class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+    """The language model: `DeepseekModel` and an output head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = DeepseekModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> DeepseekCausalLMOutput:
+        """
+        Args:
+            labels: int64 [B, S], the input ids (not shifted), -100 where no loss is wanted.
+            logits_to_keep: number of last positions, or indices of positions, to compute logits for; 0 for all.
+            The rest as in `DeepseekModel`.
+        """
+        wants_mtp = (
+            labels is not None
+            and self.training
+            and self.config.num_nextn_predict_layers > 0
+            and self.config.mtp_loss_weight > 0
+            and past_key_values is None
+        )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache and not wants_mtp,
+            output_mtp_hidden_states=wants_mtp,
+            **kwargs,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])  # [B, S or kept, vocab_size]
+
+        loss = lm_loss = mtp_loss = None
+        if labels is not None:
+            lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = lm_loss
+            if wants_mtp:
+                mtp_loss = self._mtp_loss(outputs.mtp_hidden_states, labels, position_ids, **kwargs)
+                loss = loss + self.config.mtp_loss_weight * mtp_loss
+            if outputs.aux_loss is not None:
+                loss = loss + self.config.aux_loss_alpha * outputs.aux_loss.to(loss.device)
+        return DeepseekCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            lm_loss=lm_loss,
+            mtp_loss=mtp_loss,
+            aux_loss=outputs.aux_loss,
+        )
+
+    def _mtp_loss(self, mtp_hidden_states, labels, position_ids, **kwargs) -> torch.Tensor:
+        """Mean over the modules of their cross entropies, DeepSeek-V3 eq. 24-25 without the factor lambda."""
+        losses = []
+        for k, hidden_states in enumerate(mtp_hidden_states, start=1):
+            layer = self.model.layers[self.config.num_hidden_layers + k - 1]
+            targets = F.pad(labels[:, k + 1 :], (0, k + 1), value=-100)  # [B, S]: place t predicts token t + k + 1
+            if position_ids is not None:
+                # in a packed row, where the token is of another document there is nothing to predict
+                ahead = F.pad(position_ids[:, k + 1 :], (0, k + 1), value=-1)
+                targets = targets.masked_fill(ahead != position_ids + k + 1, -100)
+            logits = self.lm_head(layer.shared_head.norm(hidden_states))  # [B, S, vocab_size]
+            losses.append(
+                self.loss_function(
+                    logits=logits, labels=None, shift_labels=targets, vocab_size=self.config.vocab_size, **kwargs
+                )
+            )
+        return torch.stack(losses).mean()
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """Masks that `generate` prepares outside a compiled step: for MLA as `DeepseekModel._mask` wants them."""
+        if config.attention_kind == "mla":
+            if int(past_key_values.get_seq_length()) == 0:
+                return attention_mask
+            config = _plain_mask_config(config)
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+
+
+class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
+    """A linear score on the last token that is not padding."""
+
+
+class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):
+    """A linear score on every token."""
+
+
+register_expert_conversion(DeepseekConfig.model_type)
+
+__all__ = [
+    "DeepseekForCausalLM",
+    "DeepseekForSequenceClassification",
+    "DeepseekForTokenClassification",
+    "DeepseekModel",
+    "DeepseekPreTrainedModel",
+]

@@ -1,0 +1,270 @@
+"""Mixture of experts with shared experts, the routers of DeepSeekMoE, V2 and V3, and what keeps them balanced.
+
+Papers: DeepSeekMoE (arXiv:2401.06066), DeepSeek-V2 (arXiv:2405.04434), DeepSeek-V3 (arXiv:2412.19437),
+auxiliary-loss-free balancing (arXiv:2408.15664).
+
+Shape letters: B batch, S tokens of a row, N = B * S tokens, D hidden size, E routed experts, G groups of experts,
+P experts per token, F inner width of an expert.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.utils.generic import maybe_autocast
+
+from .layers_deepseek import DeepseekMLP
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Routing: scores -> selection -> weights
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _select_greedy(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
+    """The P best experts: DeepSeekMoE, V2-Lite. [N, E] -> [N, P]"""
+    return scores.topk(router.top_k, dim=-1, sorted=False).indices
+
+
+def _select_group_limited(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
+    """The P best experts of the best groups, a group being as good as its best expert: V2. [N, E] -> [N, P]"""
+    group_scores = scores.unflatten(-1, (router.n_group, -1)).amax(dim=-1)  # [N, G]
+    return _select_in_best_groups(scores, group_scores, router)
+
+
+def _select_bias_corrected(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
+    """As V2's, but on scores plus the correction bias, a group being as good as its two best: V3. [N, E] -> [N, P]"""
+    biased = scores + router.e_score_correction_bias  # [N, E]
+    group_scores = biased.unflatten(-1, (router.n_group, -1)).topk(2, dim=-1).values.sum(dim=-1)  # [N, G]
+    return _select_in_best_groups(biased, group_scores, router)
+
+
+def _select_in_best_groups(scores: torch.Tensor, group_scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
+    best_groups = group_scores.topk(router.topk_group, dim=-1, sorted=False).indices  # [N, topk_group]
+    excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best_groups, False)  # [N, G]
+    # -inf, not 0: biased scores can be negative, and a 0 would then beat an expert of a chosen group
+    allowed = scores.unflatten(-1, (router.n_group, -1)).masked_fill(excluded[..., None], float("-inf"))  # [N, G, E/G]
+    return allowed.flatten(-2).topk(router.top_k, dim=-1, sorted=False).indices  # [N, P]
+
+
+SELECTIONS = {
+    "greedy": _select_greedy,
+    "group_limited_greedy": _select_group_limited,
+    "noaux_tc": _select_bias_corrected,
+}
+SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+
+
+class DeepseekRouter(nn.Module):
+    """Chooses P of E experts for each token and weighs them.
+
+        s = score(x W^T)            softmax (MoE, V2) or sigmoid (V3); float32 throughout: rounding changes the choice
+        chosen = select(s)          see SELECTIONS; the bias of noaux_tc takes part in the choice only
+        w = s[chosen]               divided by their sum if norm_topk_prob
+        w = w * routed_scaling_factor
+
+    The hub code of V2 scales only where it does not normalise; no published config sets both, and V3 does both.
+    DeepSeek's code fills excluded groups with 0 in V2, which is the same as -inf where scores are positive.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.top_k = config.num_experts_per_tok
+        self.n_group = config.n_group
+        self.topk_group = config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.score = SCORES[config.scoring_func]
+        self.select = SELECTIONS[config.topk_method]
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            # A buffer, so that no optimiser touches it; float32, since its steps (0.001) vanish in bfloat16.
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        else:
+            self.e_score_correction_bias = None
+        # Tokens that each expert got in training since the last bias update. Not a buffer: DistributedDataParallel
+        # would overwrite the counts of every process with those of the first.
+        self.expert_load: torch.Tensor | None = None  # float32 [E]
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[N, D] -> logits float32 [N, E], weights float32 [N, P], indices int64 [N, P]"""
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.float(), self.weight.float())  # [N, E]
+        scores = self.score(logits)
+        indices = self.select(scores.detach(), self)  # [N, P]
+        weights = scores.gather(-1, indices)  # [N, P]
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, weights * self.routed_scaling_factor, indices
+
+    @torch.no_grad()
+    def count_load(self, indices: torch.Tensor, token_mask: torch.Tensor | None):
+        """Adds a batch's choices, int64 [N, P], to `expert_load`; tokens whose mask bool [N] is false do not count."""
+        chosen = F.one_hot(indices, self.weight.shape[0]).sum(dim=1).float()  # [N, E]
+        if token_mask is not None:
+            chosen = chosen * token_mask[:, None]
+        load = chosen.sum(dim=0)  # [E]
+        self.expert_load = load if self.expert_load is None else self.expert_load + load
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Experts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@use_experts_implementation
+class DeepseekExperts(nn.Module):
+    """E gated MLPs as two stacked parameters; gate and up projection are one matrix.
+
+    On disk they are `experts.{i}.{gate,up,down}_proj.weight`; `loading_deepseek.py` holds the conversion. The forward
+    below is the "eager" implementation; transformers' experts interface puts "grouped_mm" and others in its place.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One pass over the experts that got tokens: tokens sorted by expert, one matrix product each.
+
+        Args:
+            hidden_states: [N, D].
+            top_k_index: int64 [N, P]; the number E marks a slot that another process computes.
+            top_k_weights: [N, P].
+
+        Returns:
+            [N, D], the weighted sum over each token's experts.
+        """
+        num_tokens, top_k = top_k_index.shape
+        # Read once: under LoRA each access to a parameter builds base + update for all experts.
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        order = top_k_index.flatten().argsort(stable=True)  # [N * P]
+        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()[: self.num_experts]
+        inputs = hidden_states[order // top_k]  # [N * P, D]
+        outputs = []
+        for expert, rows in enumerate(inputs[: sum(counts)].split(counts)):
+            if counts[expert]:
+                gate, up = F.linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
+                outputs.append(F.linear(self.act_fn(gate) * up, down_proj[expert]))  # [n, D]
+        outputs.append(inputs.new_zeros(len(order) - sum(counts), self.hidden_dim))
+        outputs = torch.cat(outputs) * top_k_weights.flatten()[order, None]  # [N * P, D]
+        in_token_order = torch.empty_like(outputs, dtype=outputs.dtype).index_copy(0, order, outputs)  # [N * P, D]
+        return in_token_order.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)  # [N, D]
+
+
+class DeepseekMoE(nn.Module):
+    """h + sum_i w_i expert_i(h) over the routed choice + shared(h); the residual is added by the decoder layer."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.gate = DeepseekRouter(config, layer_idx)
+        self.experts = DeepseekExperts(config)
+        self.shared_experts = (
+            DeepseekMLP(config, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+        self.aux_loss_alpha = config.aux_loss_alpha
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: [B, S, D].
+            token_mask: bool [B, S], true for real tokens; None where all are. Only balancing looks at it.
+
+        Returns:
+            [B, S, D], and in training the layer's balance loss (a float32 scalar), else None.
+        """
+        shape = hidden_states.shape
+        tokens = hidden_states.reshape(-1, shape[-1])  # [N, D]
+        logits, weights, indices = self.gate(tokens)
+        output = self.experts(tokens, indices, weights.to(tokens.dtype)).view(shape)  # [B, S, D]
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+
+        balance_loss = None
+        if self.training:
+            self.gate.count_load(indices, None if token_mask is None else token_mask.flatten())
+            if self.aux_loss_alpha:
+                scores = self.gate.score(logits)
+                balance_loss = sequence_balance_loss(
+                    scores.view(*shape[:2], -1), indices.view(*shape[:2], -1), token_mask
+                )
+        return output, balance_loss
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Balance
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def sequence_balance_loss(
+    scores: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sequence-wise balance loss, DeepSeek-V3 eq. 17-20 without the factor alpha; 1 at perfect balance.
+
+        L = sum_i f_i P_i,   f_i = E / (P T) * sum_t 1[expert i chosen for t],   P_i = 1/T * sum_t s_it / sum_j s_jt
+
+    averaged over the rows of the batch. f counts the experts that were really used, as DeepSeek's code does; the
+    formula of the paper counts the top P of the unbiased scores.
+
+    Args:
+        scores: [B, S, E], positive.
+        indices: int64 [B, S, P].
+        token_mask: bool [B, S], true for real tokens; padding is left out, and so is a row that is all padding.
+    """
+    num_experts, top_k = scores.shape[-1], indices.shape[-1]
+    shares = scores / scores.sum(dim=-1, keepdim=True)  # [B, S, E]
+    chosen = F.one_hot(indices, num_experts).sum(dim=2).to(shares.dtype)  # [B, S, E]
+    if token_mask is None:
+        fractions, mean_shares = chosen.mean(dim=1), shares.mean(dim=1)  # [B, E]
+        return (fractions * mean_shares).sum(dim=-1).mean() * (num_experts / top_k)
+    mask = token_mask[..., None].to(shares.dtype)  # [B, S, 1]
+    lengths = mask.sum(dim=1).clamp(min=1)  # [B, 1]
+    fractions, mean_shares = (chosen * mask).sum(dim=1) / lengths, (shares * mask).sum(dim=1) / lengths  # [B, E]
+    per_row = (fractions * mean_shares).sum(dim=-1) * (num_experts / top_k)  # [B]
+    return per_row.sum() / token_mask.any(dim=1).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, update_rate: float = 1e-3) -> dict[int, torch.Tensor]:
+    """Auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1): b_i += update_rate * sign(mean load - load_i).
+
+    Call it after each optimiser step. Loads are summed over the processes of the default group first, so every
+    process makes the same update.
+
+    Args:
+        model: a DeepSeek model, plain or wrapped (DistributedDataParallel, PEFT, ...).
+        update_rate: step of the bias, 0.001 in V3; 0 only reads the loads.
+
+    Returns:
+        For each sparse layer its number of tokens per expert since the last call, float32 [E]. Routers without a
+        bias are reported too, not changed. Empty if nothing was trained.
+    """
+    routers = [module for module in model.modules() if hasattr(module, "expert_load")]
+    distributed = dist.is_available() and dist.is_initialized()
+    loads = {}
+    for router in routers:
+        load = router.expert_load
+        if distributed:
+            load = torch.zeros(router.weight.shape[0], device=router.weight.device) if load is None else load
+            dist.all_reduce(load)
+        if load is None:
+            continue
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias += update_rate * (load.mean() - load).sign()
+        loads[router.layer_idx] = load
+        router.expert_load = None
+    return loads

@@ -1,0 +1,131 @@
+"""Measures a checkpoint in bits per byte on held-out text, for each language, and can show continuations.
+
+    python -m pretrain.evaluate . --data runs/data --context-tokens 512 --prompt "It is a truth" --prompt "话说"
+
+Bits per byte = (sum over tokens of -ln p) / ln 2 / UTF-8 bytes of the documents. Unlike the loss per token it compares
+models with different tokenizers. Every token after a document's bos counts, its eos included; with a window of S tokens a
+token is predicted from at most S - 1 earlier ones of the same document.
+
+Shapes: B windows, S tokens a window, V vocabulary.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from pretrain.data import IGNORED_LABEL, INDEX_NAME, HeldOut, batch_of, load_held_out
+
+
+def bits_per_byte(nll_nats: float, num_bytes: int) -> float:
+    """Convert a sum of negative log-likelihoods (natural logarithm) over a text of `num_bytes` UTF-8 bytes."""
+    return nll_nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def held_out_nll(
+    model: nn.Module, held_out: HeldOut, bos_token_id: int, batch_rows: int, device: torch.device
+) -> float:
+    """Sum of -ln p over all targets of the held-out windows, in nats.
+
+    Args:
+        model: a causal language model; called with `input_ids` and `position_ids`, [B, S].
+        held_out: windows of one language.
+        bos_token_id: the id that opens a document; never a target.
+        batch_rows: B, windows evaluated at once.
+        device: where the model is.
+    """
+    window_tokens = held_out.windows.shape[1]
+    total = 0.0
+    for first in range(0, len(held_out.windows), batch_rows):
+        batch = batch_of(held_out.windows[first : first + batch_rows].to(device), bos_token_id)
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        targets = batch["labels"][:, 1:].flatten()  # [B * (S - 1)]
+        targets[max(0, held_out.num_targets - first * (window_tokens - 1)) :] = IGNORED_LABEL  # the filling
+        # fp32: a bf16 log-softmax is off by more than the differences we want to see.
+        total += nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum"
+        ).item()
+    return total
+
+
+def evaluate_model(
+    model: nn.Module, held_out: dict[str, HeldOut], bos_token_id: int, batch_rows: int, device: torch.device
+) -> dict[str, float]:
+    """Bits per byte by language; leaves the model in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    result = {
+        language: bits_per_byte(held_out_nll(model, text, bos_token_id, batch_rows, device), text.num_bytes)
+        for language, text in tqdm(held_out.items(), desc="evaluating", unit="language", leave=False)
+    }
+    model.train(was_training)
+    return result
+
+
+def check_same_tokenizer(tokenizer_dir: Path, data_dir: Path) -> None:
+    """Raise ValueError unless `data_dir` was tokenised with the tokenizer.json of `tokenizer_dir`."""
+    expected = json.loads((data_dir / INDEX_NAME).read_text(encoding="utf-8"))["tokenizer_sha256"]
+    found = hashlib.sha256((tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{tokenizer_dir / 'tokenizer.json'} has sha256 {found}, but {data_dir} was tokenised with {expected}; "
+            "use that tokenizer, or run pretrain.data with this one"
+        )
+
+
+def continue_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, seed: int
+) -> str:
+    """The prompt with a continuation sampled by the model's own generation_config.json."""
+    set_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path, help="folder with the checkpoint and its tokenizer")
+    parser.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
+    parser.add_argument("--context-tokens", type=int, default=512, help="window length, in tokens (default 512)")
+    parser.add_argument("--batch-rows", type=int, default=8, help="windows at once (default 8)")
+    parser.add_argument("--max-tokens", type=int, help="held-out tokens a language (default: all)")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeatable")
+    parser.add_argument("--max-new-tokens", type=int, default=80, help="tokens a continuation (default 80)")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed (default 0)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        check_same_tokenizer(args.model, args.data)
+        held_out = load_held_out(args.data, args.context_tokens, args.max_tokens)
+        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    result = evaluate_model(model, held_out, tokenizer.bos_token_id, args.batch_rows, device)
+    for language, bits in result.items():
+        text = held_out[language]
+        print(f"{language}: {bits:.4f} bits per byte over {text.num_bytes} bytes, {text.num_targets} tokens")
+    for prompt in args.prompt:
+        print("----\n" + continue_prompt(model, tokenizer, prompt, args.max_new_tokens, args.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""Writes a trained model as a small Hub-shaped checkpoint: bf16 safetensors, generation defaults, tokenizer files.
+
+Used by `pretrain.train --export-dir`. The folder's own `config.json` and Python files are kept if it has them.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def export_checkpoint(model: PreTrainedModel, model_dir: Path, tokenizer_dir: Path, export_dir: Path) -> None:
+    """Write `model` in bf16 with tokenizer and generation defaults into `export_dir`, and load it back to check it.
+
+    Args:
+        model: the trained model, any dtype; not changed.
+        model_dir: the folder it was built from, with config.json and the model's code.
+        tokenizer_dir: folder of the tokenizer.
+        export_dir: target; may be `model_dir`. An existing `config.json` and code stay.
+
+    Raises:
+        ValueError: the written checkpoint does not fit the model: names the missing and unexpected keys.
+    """
+    export_dir.mkdir(parents=True, exist_ok=True)
+    _copy_missing([model_dir / "config.json", *sorted(model_dir.glob("*_deepseek.py"))], export_dir)
+    with tempfile.TemporaryDirectory(dir=export_dir, prefix=".export-") as temporary:
+        full, small = Path(temporary, "full"), Path(temporary, "small")
+        model.save_pretrained(full)
+        # Loading, not `.to(bfloat16)`: it keeps in fp32 what the model declares so (the router's selection bias).
+        rounded = AutoModelForCausalLM.from_pretrained(full, trust_remote_code=True, dtype=torch.bfloat16)
+        rounded.generation_config = generation_defaults(tokenizer_dir)
+        rounded.save_pretrained(small)
+        for name in ("model.safetensors", "generation_config.json"):
+            os.replace(small / name, export_dir / name)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file() and tokenizer_dir.resolve() != export_dir.resolve():
+            shutil.copy(tokenizer_dir / name, export_dir / name)
+    check_loads(export_dir)
+
+
+def generation_defaults(tokenizer_dir: Path) -> GenerationConfig:
+    """Sampling defaults for a small base model, with the tokenizer's bos, eos and pad."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+    )
+
+
+def check_loads(folder: Path) -> None:
+    """Raise ValueError unless the checkpoint has exactly the keys and shapes its model wants."""
+    _, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
+    if problems:
+        raise ValueError(
+            f"{folder}/model.safetensors does not fit its model: {problems}; was the code changed meanwhile?"
+        )
+
+
+def _copy_missing(files: list[Path], folder: Path) -> None:
+    for file in files:
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder)

@@ -1,0 +1,107 @@
+"""Draws the curves of a training log as PNG files.
+
+    python -m pretrain.plot runs/base/log.jsonl --output docs/images
+
+Files: `loss.png`, `bits_per_byte.png`, `expert_load.png`, `router_bias.png`; the last two only for models with routers.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on training machines
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSON-lines log in file order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def draw_all(records: list[dict], output: Path) -> list[Path]:
+    """Draw every figure the records have data for into `output`; returns the written files."""
+    output.mkdir(parents=True, exist_ok=True)
+    drawings = {
+        "loss": (draw_loss, [r for r in records if "loss" in r]),
+        "bits_per_byte": (draw_bits_per_byte, [r for r in records if "bits_per_byte" in r]),
+        "expert_load": (draw_expert_load, [r for r in records if r.get("expert_load")]),
+        "router_bias": (draw_router_bias, [r for r in records if r.get("router_bias")]),
+    }
+    written = []
+    for name, (draw, chosen) in drawings.items():
+        if not chosen:
+            continue
+        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        draw(axes, chosen)
+        axes.set_xlabel("training tokens (millions)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        figure.savefig(output / f"{name}.png", dpi=100)
+        plt.close(figure)
+        written.append(output / f"{name}.png")
+    return written
+
+
+def _millions(records: list[dict]) -> list[float]:
+    return [record["tokens"] / 1e6 for record in records]
+
+
+def draw_loss(axes: Axes, records: list[dict]) -> None:
+    """Cross-entropy of the next token, and of the one after it where the model has a prediction module for it."""
+    for key, label in (("lm_loss", "next token"), ("mtp_loss", "second next token (MTP)"), ("loss", "total")):
+        chosen = [record for record in records if record.get(key) is not None]
+        if chosen:
+            axes.plot(_millions(chosen), [record[key] for record in chosen], label=label, linewidth=1)
+    axes.set_ylabel("training loss (nats per token)")
+
+
+def draw_bits_per_byte(axes: Axes, records: list[dict]) -> None:
+    """Held-out bits per byte by language."""
+    for language in records[0]["bits_per_byte"]:
+        values = [record["bits_per_byte"][language] for record in records]
+        axes.plot(_millions(records), values, marker=".", label=f"{language}: {values[-1]:.3f} at the end")
+    axes.set_ylabel("held-out bits per byte")
+
+
+def draw_expert_load(axes: Axes, records: list[dict]) -> None:
+    """Tokens of the fullest expert divided by the mean over experts, by layer; 1 is perfect balance."""
+    for layer in records[0]["expert_load"]:
+        values = [record["expert_load"][layer] for record in records]
+        axes.plot(_millions(records), values, label=f"layer {layer}", linewidth=1)
+    axes.set_ylabel("expert load, max / mean of a batch")
+
+
+def draw_router_bias(axes: Axes, records: list[dict]) -> None:
+    """Range of the routers' selection biases over the experts of a layer."""
+    for layer in records[0]["router_bias"]:
+        low = [min(record["router_bias"][layer]) for record in records]
+        high = [max(record["router_bias"][layer]) for record in records]
+        axes.fill_between(_millions(records), low, high, alpha=0.3, label=f"layer {layer}")
+    axes.set_ylabel("router bias, least to greatest expert")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.plot", description=__doc__.partition("\n")[0])
+    parser.add_argument("log", type=Path, help="log.jsonl of a training run")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    if not args.log.is_file():
+        print(f"error: log {args.log} does not exist; pass log.jsonl of a run of pretrain.train", file=sys.stderr)
+        return 2
+    for path in draw_all(read_log(args.log), args.output):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

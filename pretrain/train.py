@@ -1,0 +1,437 @@
+"""Pretrains a model of this repository from random weights on packed token shards.
+
+    python -m pretrain.train --model . --data runs/data --run runs/base --steps 3000 \\
+        --tokenizer runs/tokenizer --export-dir . --figures-dir docs/images
+
+Continue a stopped run by the same command with `--resume`: data order, optimizer, schedule and random state go on as if
+it had never stopped. `--resume` with `--steps` no greater than the steps done exports what there is. Several processes:
+`accelerate launch --module pretrain.train ...`.
+
+Recipe: AdamW with weight decay on matrices only; warm-up, constant rate, decay (or cosine); clipped gradients; DeepSeek-V3's
+auxiliary-loss-free load balancing (arXiv:2412.19437, section 2.1.2), the model's `update_router_bias` after each step; the
+multi-token-prediction loss is part of the model's own `loss`.
+
+Written to `--run`: `log.jsonl` (one JSON object a line), `checkpoint-NNNNNNNN/` (each complete or absent), figures.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pretrain.data import PretrainingData, batch_of, load_held_out
+from pretrain.evaluate import check_same_tokenizer, evaluate_model
+from pretrain.export import export_checkpoint
+from pretrain.plot import draw_all, read_log
+
+SCHEDULES = ("wsd", "cosine")
+LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss")
+
+
+# ---------------------------------------------------------------- parts
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warmup_steps: int, decay_fraction: float, final_fraction: float, schedule: str
+) -> float:
+    """Learning rate of optimizer step `step`, counted from 0.
+
+    Args:
+        step: in [0, steps).
+        steps: length of the whole run.
+        peak: the highest rate.
+        warmup_steps: steps of linear rise; the first step already has a rate above 0.
+        decay_fraction: share of `steps` at the end in which "wsd" falls linearly; unused by "cosine".
+        final_fraction: rate after the last step, as a share of `peak`.
+        schedule: "wsd" (warm-up, stable, decay) or "cosine" (which falls from the end of the warm-up on).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "wsd":
+        decay_steps = max(1, round(steps * decay_fraction))
+        done = max(0.0, (step - (steps - decay_steps)) / decay_steps)
+        return peak * (1 - (1 - final_fraction) * done)
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups: matrices are decayed, vectors (norm weights, biases) are not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def choose_precision(choice: str) -> str:
+    """Resolve "auto" to accelerate's "bf16" where the hardware multiplies bf16 natively, else to "no" (fp32)."""
+    if choice != "auto":
+        return {"bf16": "bf16", "fp32": "no"}[choice]
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    # Emulated bf16 on a CPU is several times slower than fp32.
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+
+
+def build_model(model_dir: Path, vocab_size: int) -> PreTrainedModel:
+    """Build a randomly initialised fp32 model from the configuration in `model_dir`.
+
+    Raises:
+        ValueError: the configuration's vocabulary is smaller than the data's.
+    """
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
+    if config.vocab_size < vocab_size:
+        raise ValueError(
+            f"vocab_size is {config.vocab_size} in {model_dir}/config.json, but the data holds ids up to "
+            f"{vocab_size - 1}; set vocab_size to at least {vocab_size}"
+        )
+    # fp32 master weights whatever dtype the configuration stores: AdamW's small updates vanish in bf16.
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+
+
+def router_biases(model: nn.Module) -> dict[str, list[float]]:
+    """Selection biases of every router, by the number of its layer; empty for models without routers."""
+    biases = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            layer = next(part for part in name.split(".") if part.isdigit())
+            biases[layer] = [round(value, 5) for value in tensor.float().tolist()]
+    return biases
+
+
+@dataclass
+class Progress:
+    """What a checkpoint knows beyond weights, optimizer and random state."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict:
+        """For accelerate's `save_state`."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        """For accelerate's `load_state`."""
+        self.step = state["step"]
+
+
+class IntervalMeans:
+    """Means of named numbers since the last `pop`; a number that is None is left out."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, float | None]) -> None:
+        """Count one step's numbers."""
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """The means, and start again."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self.__init__()
+        return means
+
+
+class JsonLog:
+    """A JSON-lines file that a resumed run continues exactly: records after `step` are dropped when it is opened."""
+
+    def __init__(self, path: Path, step: int):
+        kept = [record for record in read_log(path) if record["step"] <= step] if path.is_file() else []
+        self.path = path
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        """Append one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in run.glob("checkpoint-*") if path.suffix != ".partial")
+
+
+def save_checkpoint(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
+    """Write everything a run needs to go on; a crash while writing leaves earlier checkpoints untouched."""
+    final = run / f"checkpoint-{step:08d}"
+    partial = final.with_suffix(".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in checkpoints_in(run)[:-keep]:
+            shutil.rmtree(old)
+
+
+def prepare_run_folder(run: Path, resume: bool) -> Path | None:
+    """Create the run's folder; returns the checkpoint to load, if any.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is off, or holds none and it is on.
+    """
+    checkpoints = checkpoints_in(run)
+    if resume and not checkpoints:
+        raise ValueError(f"--resume, but {run} holds no checkpoint; drop --resume to start a new run")
+    if checkpoints and not resume:
+        raise ValueError(f"--run {run} already holds {checkpoints[-1].name}; pass --resume or name another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    return checkpoints[-1] if resume else None
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: torch.Tensor,
+    bos_token_id: int,
+    max_grad_norm: float,
+    micro_rows: int,
+) -> dict[str, float | None]:
+    """One optimizer step on this process's rows, [B, S]; returns the mean of each part of the loss and the gradient norm.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the weights are still those before the step.
+    """
+    means = IntervalMeans()
+    grad_norm = None
+    for micro_batch in rows.split(micro_rows):
+        with accelerator.accumulate(model):
+            output = model(**batch_of(micro_batch.to(accelerator.device), bos_token_id), use_cache=False)
+            if not torch.isfinite(output.loss):
+                raise FloatingPointError(
+                    f"the loss is {output.loss.item()}; resume from the last checkpoint with a lower --learning-rate"
+                )
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+            optimizer.step()
+            optimizer.zero_grad()
+        parts = {name: getattr(output, name, None) for name in LOSS_PARTS}
+        means.add({name: None if part is None else part.item() for name, part in parts.items()})
+    return {**means.pop(), "grad_norm": grad_norm}
+
+
+def balance_experts(model: nn.Module, bias_rate: float) -> dict[str, float]:
+    """Move the router biases towards even load; returns fullest expert / mean by layer (empty without routers)."""
+    if not hasattr(model, "update_router_bias"):
+        return {}
+    loads = model.update_router_bias(bias_rate)
+    return {str(layer): (load.max() / load.float().mean()).item() for layer, load in loads.items()}
+
+
+def run_training(args: argparse.Namespace) -> None:
+    """Train, evaluate, checkpoint and export as the command line says.
+
+    Raises:
+        ValueError: an option contradicts the data, the model or the run folder; raised before any training.
+    """
+    precision = choose_precision(args.precision)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.accumulation_steps,
+        # An expert that no token of this process chose has no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    check_arguments(args, accelerator.num_processes)
+    rows_per_process = args.batch_rows // accelerator.num_processes
+    data = PretrainingData(args.data, args.row_tokens, args.batch_rows, parse_mix(args.mix), args.seed)
+    held_out = load_held_out(args.data, args.row_tokens, args.eval_tokens)
+    start_from = prepare_run_folder(args.run, args.resume)
+
+    set_seed(args.seed)
+    model = build_model(args.model, data.index["vocab_size"])
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95), fused=True
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bare_model = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if start_from:
+        accelerator.load_state(str(start_from))
+    num_parameters = sum(parameter.numel() for parameter in bare_model.parameters())
+    accelerator.print(f"{num_parameters} parameters, precision {precision}, from step {progress.step} to {args.steps}")
+
+    is_main = accelerator.is_main_process
+    log = JsonLog(args.run / "log.jsonl", progress.step) if is_main else None
+    bar = tqdm(initial=progress.step, total=args.steps, unit="step", disable=not is_main)
+    means, last_report, last_step = IntervalMeans(), time.perf_counter(), progress.step
+    model.train()
+    while progress.step < args.steps:
+        rate = learning_rate(
+            progress.step,
+            args.steps,
+            args.learning_rate,
+            args.warmup_steps,
+            args.decay_fraction,
+            args.final_fraction,
+            args.schedule,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = data.batch(progress.step)[accelerator.process_index :: accelerator.num_processes]
+        micro_rows = rows_per_process // args.accumulation_steps
+        numbers = train_step(accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
+        load = balance_experts(bare_model, args.router_bias_rate)
+        means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
+        progress.step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{rate:.1e}")
+
+        ends = progress.step == args.steps
+        evaluates = progress.step % args.eval_every == 0 or ends
+        saves = progress.step % args.checkpoint_every == 0 or ends
+        tokens = progress.step * args.batch_rows * args.row_tokens
+        # Also before a checkpoint: a resumed run starts a new interval there.
+        if progress.step % args.log_every == 0 or evaluates or saves:
+            now = time.perf_counter()
+            record = {"step": progress.step, "tokens": tokens, "learning_rate": rate, **_nest_load(means.pop())}
+            done_tokens = (progress.step - last_step) * args.batch_rows * args.row_tokens
+            record["tokens_per_second"] = round(done_tokens / (now - last_report))
+            if is_main:
+                log.write(record)
+        if evaluates and is_main:
+            with accelerator.autocast():
+                bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
+            bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
+            record = {"step": progress.step, "tokens": tokens, "bits_per_byte": bits}
+            log.write({**record, "router_bias": router_biases(bare_model)})
+        if saves:
+            save_checkpoint(accelerator, args.run, progress.step, args.keep_checkpoints)
+        if progress.step % args.log_every == 0 or evaluates or saves:
+            last_report, last_step = time.perf_counter(), progress.step
+    bar.close()
+    accelerator.wait_for_everyone()
+    if is_main:
+        finish(args, bare_model)
+
+
+def _nest_load(means: dict[str, float]) -> dict:
+    load = {name.removeprefix("load/"): value for name, value in means.items() if name.startswith("load/")}
+    return {**{name: value for name, value in means.items() if not name.startswith("load/")}, "expert_load": load}
+
+
+def finish(args: argparse.Namespace, model: PreTrainedModel) -> None:
+    """Draw the figures and, if asked, export the model."""
+    draw_all(read_log(args.run / "log.jsonl"), args.figures_dir or args.run / "figures")
+    if args.export_dir:
+        export_checkpoint(model, args.model, args.tokenizer, args.export_dir)
+        print(f"exported to {args.export_dir}")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """Parse `en=0.5,zh=0.5`."""
+    try:
+        return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise ValueError(
+            f"--mix is {text!r}; write LANGUAGE=WEIGHT,LANGUAGE=WEIGHT, for example en=0.5,zh=0.5"
+        ) from error
+
+
+def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
+    """Raise ValueError for options that cannot work, before anything is built."""
+    for name in ("steps", "batch_rows", "row_tokens", "accumulation_steps", "log_every", "eval_every"):
+        _require_positive(args, name)
+    for name in ("checkpoint_every", "keep_checkpoints", "eval_rows", "warmup_steps"):
+        _require_positive(args, name)
+    if args.batch_rows % (num_processes * args.accumulation_steps):
+        raise ValueError(
+            f"--batch-rows {args.batch_rows} must be a multiple of processes ({num_processes}) times "
+            f"--accumulation-steps ({args.accumulation_steps})"
+        )
+    for name in ("decay_fraction", "final_fraction"):
+        if not 0.0 <= getattr(args, name) <= 1.0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [0, 1]")
+    if args.export_dir:
+        if not args.tokenizer:
+            raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
+        check_same_tokenizer(args.tokenizer, args.data)
+
+
+def _require_positive(args: argparse.Namespace, name: str) -> None:
+    if getattr(args, name) < 1:
+        raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
+    files = parser.add_argument_group("files")
+    files.add_argument("--model", type=Path, required=True, help="folder with config.json and the model's code")
+    files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
+    files.add_argument("--run", type=Path, required=True, help="folder for log and checkpoints")
+    files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run")
+    files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; needed for --export-dir")
+    files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
+    files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN/figures)")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")
+    batch.add_argument("--batch-rows", type=int, default=16, help="rows a step over all processes (default 16)")
+    batch.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
+    batch.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
+    batch.add_argument("--mix", default="en=0.5,zh=0.5", help="share of rows by language (default en=0.5,zh=0.5)")
+    batch.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default 0)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak rate (default 1.5e-3)")
+    recipe.add_argument("--schedule", choices=SCHEDULES, default="wsd", help="shape of the rate (default wsd)")
+    recipe.add_argument("--warmup-steps", type=int, default=100, help="steps of linear rise (default 100)")
+    recipe.add_argument("--decay-fraction", type=float, default=0.2, help="share of steps in decay (default 0.2)")
+    recipe.add_argument("--final-fraction", type=float, default=0.02, help="last rate / peak (default 0.02)")
+    recipe.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only (default 0.1)")
+    recipe.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default 1)")
+    recipe.add_argument("--router-bias-rate", type=float, default=1e-3, help="bias step, V3's gamma (default 1e-3)")
+    recipe.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="arithmetic (default auto)"
+    )
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--log-every", type=int, default=10, help="steps between log records (default 10)")
+    reports.add_argument("--eval-every", type=int, default=250, help="steps between evaluations (default 250)")
+    reports.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens a language (default 32768)")
+    reports.add_argument("--eval-rows", type=int, default=16, help="windows evaluated at once (default 16)")
+    reports.add_argument("--checkpoint-every", type=int, default=250, help="steps between checkpoints (default 250)")
+    reports.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints kept (default 2)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        run_training(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
