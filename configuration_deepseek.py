@@ -100,6 +100,10 @@ _ARCHITECTURE_PREFIX = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
 }
+_MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_MOE_FIELDS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+_MOE_FIELDS += ("first_k_dense_replace", "moe_layer_freq", "scoring_func", "topk_method", "n_group", "topk_group")
+_MOE_FIELDS += ("norm_topk_prob", "routed_scaling_factor", "aux_loss_alpha")
 _SCORING_FUNCS = ("softmax", "sigmoid")
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -221,9 +225,12 @@ class DeepseekConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id = pad_token_id
         self.mtp_loss_weight = mtp_loss_weight
+        self.attention_kind = kwargs.pop("attention_kind", None) or ("gqa" if self.kv_lora_rank is None else "mla")
+        self._fill_nulls()
+        self._validate_fields()
+        self._resolve_axes(kwargs.pop("mlp_layer_types", None))
         self.rope_parameters = _resolve_rope(rope_parameters, rope_scaling, rope_theta, self.max_position_embeddings)
-        self._resolve_axes(kwargs.pop("attention_kind", None), kwargs.pop("mlp_layer_types", None))
-        self._validate()
+        self._validate_combinations()
 
         # Left over: what transformers knows (architectures, dtype, ...) and what a checkpoint carries besides.
         kwargs.pop("qk_head_dim", None)
@@ -235,16 +242,10 @@ class DeepseekConfig(PreTrainedConfig):
             **kwargs,
         )
 
-    def _resolve_axes(self, attention_kind: str | None, mlp_layer_types: list[str] | None):
-        """Derives each axis from the published fields, unless the config states it."""
-        self.attention_kind = attention_kind or ("mla" if self.kv_lora_rank is not None else "gqa")
+    def _fill_nulls(self):
+        """What published files mean by null: one group, no scaling, no such modules."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.attention_kind == "mla":
-            self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read: the rotated width
-        elif self.head_dim is None and self.num_attention_heads:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        # null is how MoE-16B and native configs write "one group", "no scaling"
         self.n_group = 1 if self.n_group is None else self.n_group
         self.topk_group = self.n_group if self.topk_group is None else self.topk_group
         self.routed_scaling_factor = 1.0 if self.routed_scaling_factor is None else self.routed_scaling_factor
@@ -253,34 +254,50 @@ class DeepseekConfig(PreTrainedConfig):
         if self.topk_method == "gready":  # the spelling of the first V2 files
             self.topk_method = "greedy"
 
-        self.mlp_layer_types = mlp_layer_types or [
+    def _resolve_axes(self, mlp_layer_types: list[str] | None):
+        """Derives what the published fields only imply."""
+        if self.attention_kind == "mla":
+            self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read: the rotated width
+        elif self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.mlp_layer_types = mlp_layer_types or self._published_mlp_layer_types()
+
+    def _published_mlp_layer_types(self) -> list[str]:
+        return [
             "sparse"
-            if self.n_routed_experts and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
+            if self.n_routed_experts is not None and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
             else "dense"
             for i in range(self.num_hidden_layers)
         ]
 
-    def _validate(self):
-        """Raises a ValueError for the first field that no DeepSeek model can have."""
-        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        sizes += ["num_key_value_heads", "max_position_embeddings", "moe_layer_freq"]
+    def _validate_fields(self):
+        """Raises a ValueError for the first field whose value is none at all."""
+        _check_choice("attention_kind", self.attention_kind, ("gqa", "mla"))
+        counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        counts += ["num_key_value_heads", "max_position_embeddings", "moe_layer_freq"]
         if self.attention_kind == "mla":
-            sizes += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
-            sizes += ["q_lora_rank"] if self.q_lora_rank is not None else []
-        else:
-            sizes += ["head_dim"]
-        if self.n_routed_experts:
-            sizes += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
-        for name in sizes:
+            counts += [name for name in _MLA_FIELDS if name != "q_lora_rank" or self.q_lora_rank is not None]
+        elif self.head_dim is not None:
+            counts += ["head_dim"]
+        if self.n_routed_experts is not None:
+            counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
+        for name in counts:
             _check_count(name, getattr(self, name), minimum=1)
         for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
             _check_count(name, getattr(self, name), minimum=0)
-        for name in ("aux_loss_alpha", "mtp_loss_weight", "rms_norm_eps", "attention_dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` is {value!r}; it must be a number of at least 0.")
+        for name in (
+            "aux_loss_alpha",
+            "mtp_loss_weight",
+            "rms_norm_eps",
+            "attention_dropout",
+            "routed_scaling_factor",
+        ):
+            _check_number(name, getattr(self, name))
+        if self.mlp_bias:
+            raise ValueError("`mlp_bias` is true; DeepSeek MLPs have no biases. Set it to false.")
 
-        _check_choice("attention_kind", self.attention_kind, ("gqa", "mla"))
+    def _validate_combinations(self):
+        """Raises a ValueError for the first combination that no DeepSeek model can have."""
         if self.attention_kind == "gqa" and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide `num_attention_heads` "
@@ -289,18 +306,16 @@ class DeepseekConfig(PreTrainedConfig):
         if self.head_dim % 2:
             name = "qk_rope_head_dim" if self.attention_kind == "mla" else "head_dim"
             raise ValueError(f"`{name}` is {self.head_dim}; RoPE turns pairs of numbers, so choose an even width.")
-        if self.mlp_bias:
-            raise ValueError("`mlp_bias` is true; DeepSeek MLPs have no biases. Set it to false.")
-        if len(self.mlp_layer_types) != self.num_hidden_layers:
+        if not isinstance(self.mlp_layer_types, list) or len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"`mlp_layer_types` has {len(self.mlp_layer_types)} entries for {self.num_hidden_layers} layers; "
-                "give one of 'dense' or 'sparse' for each layer, or leave the field out."
+                f"`mlp_layer_types` is {self.mlp_layer_types!r} for {self.num_hidden_layers} layers; give a list with "
+                "'dense' or 'sparse' for each layer, or leave the field out."
             )
         for kind in self.mlp_layer_types:
             _check_choice("mlp_layer_types", kind, ("dense", "sparse"))
-        if "sparse" in self.mlp_layer_types and not self.n_routed_experts:
-            raise ValueError("`mlp_layer_types` has 'sparse' layers but `n_routed_experts` is not set; set it.")
-        if self.n_routed_experts:
+        if "sparse" in self.mlp_layer_types and self.n_routed_experts is None:
+            raise ValueError("`mlp_layer_types` has 'sparse' layers but `n_routed_experts` is null; set it.")
+        if self.n_routed_experts is not None:
             self._validate_router()
         _validate_rope(self.rope_parameters)
 
@@ -341,7 +356,7 @@ class DeepseekConfig(PreTrainedConfig):
     @property
     def mtp_layer_type(self) -> str:
         """MLP kind of the multi-token-prediction modules: sparse wherever the model has experts."""
-        return "sparse" if self.n_routed_experts else "dense"
+        return "dense" if self.n_routed_experts is None else "sparse"
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -358,23 +373,30 @@ class DeepseekConfig(PreTrainedConfig):
         if output.get("architectures"):
             prefix = _ARCHITECTURE_PREFIX[self.checkpoint_model_type]
             output["architectures"] = [_publish_architecture(name, prefix) for name in output["architectures"]]
+
         for derived in ("attention_kind", "mlp_bias"):
             output.pop(derived, None)
-        defaults = FAMILY_DEFAULTS[self.checkpoint_model_type]
-        for name in defaults:
-            if defaults[name] is None and output.get(name) is None:
-                output.pop(name, None)
+        if output.get("mlp_layer_types") == self._published_mlp_layer_types():
+            output.pop("mlp_layer_types")
         if self.attention_kind == "mla":
             output.pop("head_dim", None)  # an alias of qk_rope_head_dim here
         else:
-            output.pop("rope_interleave", None)
+            for name in ("rope_interleave", *_MLA_FIELDS):
+                output.pop(name, None)
+        if self.n_routed_experts is None:
+            for name in _MOE_FIELDS:
+                output.pop(name, None)
 
         rope = dict(output.pop("rope_parameters"))
         output["rope_theta"] = rope.pop("rope_theta")
         rope_type = rope.pop("rope_type")
         output["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
+        return output
+
+    def to_diff_dict(self) -> dict:
+        output = super().to_diff_dict()
         if "dtype" in output:
-            output["torch_dtype"] = output.pop("dtype")
+            output["torch_dtype"] = output.pop("dtype")  # the published name, which all readers know
         return output
 
 
@@ -402,16 +424,10 @@ def _resolve_rope(parameters: dict | None, scaling: dict | None, theta: float | 
 
 def _validate_rope(rope: dict):
     _check_choice("rope_scaling.type", rope["rope_type"], _ROPE_TYPES)
-    theta = rope["rope_theta"]
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        raise ValueError(f"`rope_theta` is {theta!r}; it must be a number above 0, for instance 10000.")
+    _check_number("rope_theta", rope["rope_theta"], minimum=1)
     if rope["rope_type"] in ("yarn", "linear", "dynamic"):
-        factor = rope.get("factor")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
-            raise ValueError(
-                f"`rope_scaling.factor` is {factor!r}; type {rope['rope_type']!r} needs a number of at least 1, "
-                "the ratio of the extended to the original context."
-            )
+        # the ratio of the extended to the original context
+        _check_number(f"rope_scaling.factor (of type {rope['rope_type']!r})", rope.get("factor"), minimum=1)
 
 
 def _check_count(name: str, value, minimum: int):
@@ -420,8 +436,13 @@ def _check_count(name: str, value, minimum: int):
         raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {minimum}.")
 
 
+def _check_number(name: str, value, minimum: float = 0):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < float("inf"):
+        raise ValueError(f"`{name}` is {value!r}; it must be a number of at least {minimum}.")
+
+
 def _check_choice(name: str, value, allowed: tuple):
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 

@@ -11,11 +11,16 @@ import struct
 from contextlib import contextmanager
 
 import torch
+from safetensors import safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 logger = logging.get_logger(__name__)
+
+
+# The arguments of `from_pretrained` that say where a checkpoint is.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
 
 
 def register_expert_conversion(model_type: str):
@@ -50,52 +55,67 @@ def ignored_mtp_keys(config) -> set[str]:
     return {r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight", rf"layers\.({absent})\."}
 
 
-def check_checkpoint(path, config, hub_kwargs: dict):
-    """Reads the headers of the weight files before anything is built.
+# ---------------------------------------------------------------------------------------------------------------
+# What is in the files
+# ---------------------------------------------------------------------------------------------------------------
 
-    Sets `config.num_nextn_predict_layers` to 0 if the files hold no such modules.
+
+class CheckpointFiles:
+    """The safetensors files of a folder or of a repository on the Hub, their headers checked.
+
+    Args:
+        path: as for `from_pretrained`.
+        hub_kwargs: the keyword arguments of `from_pretrained`; those that say where to look are used.
 
     Raises:
-        ValueError: a shard is missing, truncated or no safetensors file.
+        ValueError: the index is none, or a file of a local folder is missing, truncated or no safetensors file.
     """
-    keys = _checkpoint_keys(path, hub_kwargs)
-    first_mtp = f"layers.{config.num_hidden_layers}."
-    if keys is not None and config.num_nextn_predict_layers and not any(first_mtp in key for key in keys):
-        logger.info(f"{path} has no multi-token-prediction weights; the model is built without them.")
-        config.num_nextn_predict_layers = 0
 
+    def __init__(self, path, hub_kwargs: dict):
+        self.where = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if hub_kwargs.get(name) is not None}
+        self._path = path
+        self._variant = hub_kwargs.get("variant")
+        self.shard_of: dict[str, str] = {}  # tensor name -> file name; empty where there are no safetensors files
+        index = self.find(SAFE_WEIGHTS_INDEX_NAME)
+        if index is not None:
+            self._read_index(index)
+        elif (single := self.find(SAFE_WEIGHTS_NAME)) is not None:
+            self.shard_of = dict.fromkeys(_read_header(single), SAFE_WEIGHTS_NAME)
 
-def _checkpoint_keys(path, hub_kwargs: dict) -> set[str] | None:
-    """Names of all tensors of a safetensors checkpoint; None where there is none to look at (other formats)."""
-    if hub_kwargs.get("state_dict") is not None or hub_kwargs.get("gguf_file") or path is None:
-        return None
-    wanted = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
-    where = {name: hub_kwargs[name] for name in wanted if hub_kwargs.get(name) is not None}
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    variant = hub_kwargs.get("variant")
+    def find(self, name: str, optional: bool = True) -> str | None:
+        """Local path of a file of the checkpoint, fetched if need be; None if it has no such file."""
+        if self._variant is not None and name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
+            name = name.replace(".safetensors", f".{self._variant}.safetensors", 1)
+        return cached_file(
+            self._path,
+            name,
+            **self.where,
+            _raise_exceptions_for_missing_entries=not optional,
+            _raise_exceptions_for_connection_errors=not optional,
+        )
 
-    def find(name: str) -> str | None:
-        name = name if variant is None else name.replace(".safetensors", f".{variant}.safetensors")
-        return cached_file(path, name, **where, **quiet)
-
-    index = find(SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
-        single = find(SAFE_WEIGHTS_NAME)
-        return None if single is None else set(_read_header(single))
-    with open(index, encoding="utf-8") as file:
-        try:
-            weight_map = json.load(file)["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a safetensors index; download the file again.") from error
-    if os.path.isdir(path):  # on the Hub, shards are fetched later
-        for name in sorted(set(weight_map.values())):
+    def _read_index(self, index: str):
+        with open(index, encoding="utf-8") as file:
+            try:
+                self.shard_of = dict(json.load(file)["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is not a safetensors index; download the file again.") from error
+        if not os.path.isdir(self._path):
+            return  # on the Hub, shards are fetched later
+        for name in sorted(set(self.shard_of.values())):
             shard = os.path.join(os.path.dirname(index), name)
             if not os.path.isfile(shard):
                 raise ValueError(f"{index} names the shard {name}, which is not there; download it again.")
-            absent = [key for key, file in weight_map.items() if file == name and key not in _read_header(shard)]
+            header = _read_header(shard)
+            absent = [key for key, file in self.shard_of.items() if file == name and key not in header]
             if absent:
                 raise ValueError(f"{shard} lacks {absent[0]}, which the index says it holds; download it again.")
-    return set(weight_map)
+
+    def slices(self) -> dict:
+        """Tensor name -> its safetensors slice: `slice[...]` reads it."""
+        shards = {name: self.find(name, optional=False) for name in sorted(set(self.shard_of.values()))}
+        handles = {name: safe_open(file, framework="pt") for name, file in shards.items()}
+        return {key: handles[name].get_slice(key) for key, name in self.shard_of.items()}
 
 
 def _read_header(path: str) -> dict:
@@ -118,11 +138,71 @@ def _read_header(path: str) -> dict:
     return header
 
 
-def default_dtype(config, kwargs: dict):
+# ---------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class DequantisedSlice:
+    """A block-scaled FP8 matrix that becomes float32 when it is read, W = fp8 * scale_inv block by block.
+
+    Looks to transformers' loader like a safetensors slice, so a checkpoint is dequantised tensor by tensor while it
+    loads, on any device, and never lies in memory twice.
+    """
+
+    def __init__(self, weight, scale_inv, block_size: tuple[int, int]):
+        self.weight = weight  # fp8 [rows, columns]
+        self.scale_inv = scale_inv  # [ceil(rows / block rows), ceil(columns / block columns)]
+        self.block_rows, self.block_columns = block_size
+
+    def get_shape(self) -> list[int]:
+        return self.weight.get_shape()
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def __getitem__(self, index) -> torch.Tensor:
+        matrix = self.weight[...].float()  # [rows, columns]
+        # The last blocks of a row or column may be cut off: 576 rows of kv_a_proj_with_mqa are 4.5 blocks.
+        scales = self.scale_inv[...].float().repeat_interleave(self.block_columns, dim=1)[:, : matrix.shape[1]]
+        for i, rows in enumerate(matrix.split(self.block_rows)):
+            rows *= scales[i]
+        return matrix[index]
+
+
+def pop_block_fp8(config) -> tuple[int, int] | None:
+    """The block size of a block-scaled FP8 checkpoint, else None.
+
+    Takes the `quantization_config` off the config: the weights in memory, and those saved from there, are plain.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        return None
+    block_size = quantization.get("weight_block_size")
+    if not isinstance(block_size, (list, tuple)) or len(block_size) != 2:
+        raise ValueError(
+            f"`quantization_config.weight_block_size` is {block_size!r}; DeepSeek's FP8 checkpoints have [128, 128]."
+        )
+    del config.quantization_config
+    return tuple(block_size)
+
+
+def dequantised_state_dict(files: CheckpointFiles, block_size: tuple[int, int]) -> dict:
+    """Every tensor of an FP8 checkpoint, to be read one at a time; those with a scale as `DequantisedSlice`."""
+    slices = files.slices()
+    suffix = "_scale_inv"
+    scales = {key.removesuffix(suffix): slices.pop(key) for key in list(slices) if key.endswith(suffix)}
+    for key, scale in scales.items():
+        if key not in slices:
+            raise ValueError(f"The checkpoint has {key}{suffix} but no {key}; it is not whole, download it again.")
+        slices[key] = DequantisedSlice(slices[key], scale, block_size)
+    return slices
+
+
+def default_dtype(config, device_map) -> torch.dtype | str:
     """What `dtype` means where the user does not say: the checkpoint's own, but float32 where bfloat16 is emulated."""
-    on_cpu = kwargs.get("device_map") in (None, "cpu") and not torch.accelerator.is_available()
-    stored = getattr(config, "dtype", None)
-    if on_cpu and stored in (torch.bfloat16, "bfloat16") and not _cpu_has_bfloat16():
+    on_cpu = device_map in (None, "cpu") and not torch.accelerator.is_available()
+    if on_cpu and config.dtype == torch.bfloat16 and not _cpu_has_bfloat16():
         logger.warning_once(
             "This CPU has no bfloat16 arithmetic (it would be hundreds of times slower), so the model is loaded in "
             "float32. Pass dtype='bfloat16' to keep the checkpoint's precision."

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -39,10 +39,13 @@ from .cache_deepseek import use_growing_layers
 from .configuration_deepseek import DeepseekConfig
 from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, apply_rotary, yarn_softmax_factor
 from .loading_deepseek import (
-    check_checkpoint,
+    HUB_ARGUMENTS,
+    CheckpointFiles,
     default_dtype,
+    dequantised_state_dict,
     explain_loading_error,
     ignored_mtp_keys,
+    pop_block_fp8,
     register_expert_conversion,
 )
 from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
@@ -220,7 +223,9 @@ class DeepseekMLA(nn.Module):
         q_nope, q_rope = self._queries(hidden_states, position_embeddings)
         latent, k_rope = self._latents(hidden_states, position_embeddings)
         if past_key_values is not None:
-            all_latent, all_k_rope = past_key_values.update(latent, k_rope, self.layer_idx)  # [B, 1, T, C], [B, 1, T, Dr]
+            all_latent, all_k_rope = past_key_values.update(
+                latent, k_rope, self.layer_idx
+            )  # [B, 1, T, C], [B, 1, T, Dr]
 
         if not has_past:
             output, probs = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
@@ -250,7 +255,9 @@ class DeepseekMLA(nn.Module):
         """[B, 1, S, C], [B, 1, S, Dr] -> keys [B, H, S, Dn + Dr], values [B, H, S, Dv]"""
         batch, _, length, _ = latent.shape
         expanded = self.kv_b_proj(latent).view(batch, length, -1, self.qk_nope_head_dim + self.v_head_dim)
-        k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, H, S, .]
+        k_nope, value = expanded.transpose(1, 2).split(
+            [self.qk_nope_head_dim, self.v_head_dim], dim=-1
+        )  # [B, H, S, .]
         key = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         return key, value
 
@@ -480,14 +487,36 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             ValueError: a shard is missing, truncated or no safetensors file; the message names the file.
         """
         if config is None:
-            config, kwargs = cls.config_class.from_pretrained(
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            config, unused = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-        config = copy.deepcopy(config)
-        check_checkpoint(pretrained_model_name_or_path, config, kwargs)
-        kwargs.setdefault("dtype", default_dtype(config, kwargs))
-        with explain_loading_error(pretrained_model_name_or_path):
+            kwargs = unused | where
+        if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        config = copy.deepcopy(config)
+        files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
+        if files.shard_of and not any(f"layers.{config.num_hidden_layers}." in name for name in files.shard_of):
+            config.num_nextn_predict_layers = 0
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
+            kwargs["dtype"] = default_dtype(config, kwargs.get("device_map"))
+        source = {"pretrained_model_name_or_path": pretrained_model_name_or_path}
+        if block_size := pop_block_fp8(config):
+            source = {
+                "pretrained_model_name_or_path": None,
+                "state_dict": dequantised_state_dict(files, block_size),
+            }
+        with explain_loading_error(pretrained_model_name_or_path):
+            loaded = super().from_pretrained(*model_args, config=config, **source, **kwargs)
+        if block_size:
+            # Loaded from tensors, so what else transformers finds by the path is still to be done.
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+            if model.can_generate() and files.find("generation_config.json") is not None:
+                model.generation_config = GenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path, **files.where
+                )
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -517,9 +546,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         num_layers = config.num_hidden_layers
         self.layers = nn.ModuleList([DeepseekDecoderLayer(config, i) for i in range(num_layers)])
-        self.layers.extend(
-            [DeepseekMTPLayer(config, num_layers + k) for k in range(config.num_nextn_predict_layers)]
-        )
+        self.layers.extend([DeepseekMTPLayer(config, num_layers + k) for k in range(config.num_nextn_predict_layers)])
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -564,8 +591,12 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
-        token_mask = attention_mask.bool() if self.training and _is_padding_mask(attention_mask, inputs_embeds) else None
-        attention_mask, has_past = self._mask(attention_mask, inputs_embeds, position_ids, past_key_values, past_length)
+        token_mask = (
+            attention_mask.bool() if self.training and _is_padding_mask(attention_mask, inputs_embeds) else None
+        )
+        attention_mask, has_past = self._mask(
+            attention_mask, inputs_embeds, position_ids, past_key_values, past_length
+        )
         layer_kwargs = {
             "attention_mask": attention_mask,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
@@ -644,7 +675,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         """
         states, balance_losses = [], []
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
-            hidden_states, balance_loss = layer(hidden_states, next_embeds=inputs_embeds.roll(-k, dims=1), **layer_kwargs)
+            hidden_states, balance_loss = layer(
+                hidden_states, next_embeds=inputs_embeds.roll(-k, dims=1), **layer_kwargs
+            )
             states.append(hidden_states)
             balance_losses.append(balance_loss)
         return tuple(states), balance_losses

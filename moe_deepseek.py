@@ -17,7 +17,6 @@ from transformers.utils.generic import maybe_autocast
 
 from .layers_deepseek import DeepseekMLP
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Routing: scores -> selection -> weights
 # ---------------------------------------------------------------------------------------------------------------

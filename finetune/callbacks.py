@@ -1,0 +1,65 @@
+"""Callbacks for transformers' and TRL's trainers."""
+
+import warnings
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+
+
+class RouterBiasCallback(TrainerCallback):
+    """Keeps experts balanced in full fine-tuning: the model's `update_router_bias` after each optimizer step.
+
+    Auxiliary-loss-free balancing (arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, section 2.1.2). The trainer's log gets
+    `expert_load`: over the last step, the largest tokens per expert divided by the mean, worst layer; 1 is perfect balance.
+
+    The bias is part of the base model. A LoRA adapter's file does not hold it, so with LoRA either leave `update_rate` at
+    0 (only the load is logged) or save the merged model.
+
+    Args:
+        update_rate: step of the bias, in [0, 1]; V3 used 1e-3 in most of pretraining, 0 only reads the load.
+
+    Raises:
+        ValueError: `update_rate` is out of range, or (when training begins) the model has no `update_router_bias`.
+    """
+
+    def __init__(self, update_rate: float = 1e-3):
+        if not 0.0 <= update_rate <= 1.0:
+            raise ValueError(f"update_rate is {update_rate}; it must be in [0, 1], for example 1e-3")
+        self.update_rate = update_rate
+        self.expert_load: float | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Fails early rather than at the first step."""
+        find_routed_model(model)
+        if isinstance(model, PeftModel) and self.update_rate:
+            warnings.warn(
+                "RouterBiasCallback changes the router's bias, which is not saved with the adapter; use update_rate=0, or "
+                "save the merged model.",
+                stacklevel=2,
+            )
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Called once for each optimizer step, whatever the gradient accumulation."""
+        loads = find_routed_model(model).update_router_bias(self.update_rate)
+        if loads:
+            self.expert_load = max(float(load.max() / load.mean()) for load in loads.values())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Adds the load to what the progress display prints and to the state's history."""
+        if self.expert_load is None or logs is None or "loss" not in logs:
+            return
+        logs["expert_load"] = round(self.expert_load, 3)
+        state.log_history[-1]["expert_load"] = logs["expert_load"]
+
+
+def find_routed_model(model: nn.Module) -> nn.Module:
+    """The module with `update_router_bias` inside whatever wraps it: PEFT, DistributedDataParallel, ...
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "update_router_bias"):
+            return module
+    raise ValueError(f"{type(model).__name__} has no update_router_bias; it is no DeepSeek model of this repository")

@@ -1,0 +1,128 @@
+"""Makes an existing checkpoint folder use this repository's model code.
+
+    python tools/add_remote_code.py path/to/DeepSeek-V2-Lite
+    python tools/add_remote_code.py path/to/DeepSeek-V2-Lite --remove
+
+Copies the code files beside the weights and points `auto_map` in config.json at them, so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads this implementation. Weights and tokenizer
+are not touched. What was there before is kept in `.before_remote_code/`, from where `--remove` puts it back.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKUP = ".before_remote_code"
+AUTO_MAP = {
+    "AutoConfig": "configuration_deepseek.DeepseekConfig",
+    "AutoModel": "modeling_deepseek.DeepseekModel",
+    "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_deepseek.DeepseekForTokenClassification",
+}
+
+
+def code_files() -> list[Path]:
+    """The model code: flat siblings in the root of this repository."""
+    return sorted(ROOT.glob("*_deepseek.py"))
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's config.json.
+
+    Raises:
+        ValueError: there is none, it is not JSON, or it describes no model of this family.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; name the folder of a transformers checkpoint.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again.") from error
+    spec = importlib.util.spec_from_file_location("configuration_deepseek", ROOT / "configuration_deepseek.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if config.get("model_type") is None:
+        raise ValueError(f"{path} has no `model_type`; allowed are {', '.join(module.FAMILY_DEFAULTS)}.")
+    module.DeepseekConfig(**{name: value for name, value in config.items() if name != "auto_map"})
+    return config
+
+
+def add(folder: Path) -> list[str]:
+    """Copies the code, sets `auto_map`; returns what was done, a line each. Doing it again refreshes the code."""
+    config = read_config(folder)
+    backup = folder / BACKUP
+    done = []
+    if not backup.exists():
+        names = ["config.json", *(file.name for file in code_files())]
+        replaced = [name for name in names if (folder / name).exists()]
+        staging = folder / f"{BACKUP}.part"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        for name in replaced:
+            shutil.copy2(folder / name, staging / name)
+        os.replace(staging, backup)
+        done.append(f"kept the former {', '.join(replaced)} in {BACKUP}/")
+    for file in code_files():
+        shutil.copy2(file, folder / file.name)
+    done.append(f"copied {', '.join(file.name for file in code_files())}")
+    config["auto_map"] = AUTO_MAP
+    write_json(folder / "config.json", config)
+    done.append("set auto_map in config.json: " + ", ".join(AUTO_MAP))
+    return done
+
+
+def remove(folder: Path) -> list[str]:
+    """Takes the code away and puts back what was there; returns what was done.
+
+    Raises:
+        ValueError: the code was not added by this tool.
+    """
+    backup = folder / BACKUP
+    if not backup.is_dir():
+        raise ValueError(f"{folder} has no {BACKUP}/, so this tool did not add code to it; there is nothing to undo.")
+    names = [file.name for file in code_files()]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    restored = sorted(file.name for file in backup.iterdir())
+    for name in restored:
+        os.replace(backup / name, folder / name)
+    backup.rmdir()
+    return [f"removed {', '.join(names)}", f"put back {', '.join(restored)}"]
+
+
+def write_json(path: Path, content: dict):
+    """Writes the whole file or none of it."""
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog="Weights and tokenizer files are never touched."
+    )
+    parser.add_argument("checkpoint_dir", type=Path, help="folder with config.json and weights")
+    parser.add_argument("--remove", action="store_true", help="undo: restore the folder as it was")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        for line in (remove if arguments.remove else add)(arguments.checkpoint_dir):
+            print(line)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
