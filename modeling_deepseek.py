@@ -292,7 +292,9 @@ class DeepseekMLA(nn.Module):
         q_latent = (q_nope * self.scaling) @ w_uk  # [B, H, S, C]
         # All heads read the same keys, so they are rows of one matrix product and the past is read once.
         scores = q_latent.flatten(1, 2) @ latent.transpose(1, 2)  # [B, H * S, T]
-        scores = torch.baddbmm(scores, (q_rope * self.scaling).flatten(1, 2), k_rope.transpose(1, 2))  # [B, H * S, T]
+        scores.baddbmm_(
+            (q_rope * self.scaling).flatten(1, 2), k_rope.transpose(1, 2)
+        )  # in place: no copy of the scores
         scores = _masked(scores.view(batch, heads, length, -1), attention_mask)  # [B, H, S, T]
         probs = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
         mixed = (probs.flatten(1, 2) @ latent).view(batch, heads, length, -1)  # [B, H, S, C]
@@ -359,15 +361,16 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, S, hidden_size], token_mask bool [B, S] -> the new states, and a balance loss in training"""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states [B, S, hidden_size], token_mask bool [B, S] -> the new states, and what DeepseekMoE returns
+        besides: balance loss and tokens per expert"""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if not self.is_sparse:
-            return hidden_states + self.mlp(normed), None
-        output, balance_loss = self.mlp(normed, token_mask)
-        return hidden_states + output, balance_loss
+            return hidden_states + self.mlp(normed), None, None
+        output, balance_loss, load = self.mlp(normed, token_mask)
+        return hidden_states + output, balance_loss, load
 
 
 class DeepseekSharedHead(nn.Module):
@@ -395,8 +398,8 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states h^(k-1) and next_embeds, each [B, S, hidden_size] -> h^k, and a balance loss in training"""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states h^(k-1) and next_embeds, each [B, S, hidden_size] -> h^k and the rest of a decoder layer's"""
         joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)  # [B, S, 2 * hidden_size]
         return super().forward(self.eh_proj(joined), **kwargs)
 
@@ -415,7 +418,6 @@ class DeepseekModelOutput(ModelOutput):
     attentions: with `output_attentions` and eager attention, probabilities [B, H, S, T] of every layer.
     router_logits: with `output_router_logits`, float32 [B * S, E] of every sparse layer.
     aux_loss: in training with `aux_loss_alpha`, the sum of the layers' balance losses, without that factor.
-    mtp_hidden_states: with `output_mtp_hidden_states`, one [B, S, hidden_size] a module, before its output norm.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -424,7 +426,6 @@ class DeepseekModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     aux_loss: torch.FloatTensor | None = None
-    mtp_hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -518,6 +519,12 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 )
         return loaded
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Where the user does not say: our own loop on CPUs, where it is faster, and transformers' choice elsewhere."""
+        if requested_experts is None and not torch.accelerator.is_available():
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -550,6 +557,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._plain_mask_config = _plain_mask_config(config)
         self.post_init()
 
     @merge_with_config_defaults
@@ -562,7 +570,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        output_mtp_hidden_states: bool = False,
         **kwargs,
     ) -> DeepseekModelOutput:
         """
@@ -574,7 +581,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
             position_ids: int64 [B, S]; by default counted on from the cache.
             past_key_values: a cache from an earlier call, extended in place.
             inputs_embeds: [B, S, hidden_size], instead of `input_ids`.
-            output_mtp_hidden_states: run the multi-token-prediction modules too; without a cache only.
 
         Raises:
             ValueError: both or none of input_ids and inputs_embeds are given, or (on a CPU) a token id is outside the
@@ -587,44 +593,68 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         use_growing_layers(past_key_values)
+
+        shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_states, balance_losses = inputs_embeds, []
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, balance_loss, load = layer(
+                hidden_states, past_key_values=past_key_values, **shared, **kwargs
+            )
+            balance_losses += _count(layer, balance_loss, load)
+        return DeepseekModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            aux_loss=_total(balance_losses),
+        )
+
+    def predict_further(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Runs the multi-token-prediction modules over whole rows, without a cache.
+
+        Module k sees token t + k at place t. The last k places of a row have no such token; they get the row's first
+        ones, which no earlier place attends to, and what they predict means nothing.
+
+        Args:
+            hidden_states: the model's `last_hidden_state` for the other arguments, which are as in `forward`.
+
+        Returns:
+            One [B, S, hidden_size] a module, before its output norm, and the sum of the balance losses (in training).
+        """
+        inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values=None)
+        states, balance_losses = [], []
+        for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
+            # positional, since reentrant gradient checkpointing tracks only such arguments
+            hidden_states, balance_loss, load = layer(
+                hidden_states, inputs_embeds.roll(-k, dims=1), **shared, **kwargs
+            )
+            states.append(hidden_states)
+            balance_losses += _count(layer, balance_loss, load)
+        return states, _total(balance_losses)
+
+    def _shared_by_layers(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
+        """What every layer gets alike: mask, positions, rotation angles and which tokens are real."""
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-
-        token_mask = (
-            attention_mask.bool() if self.training and _is_padding_mask(attention_mask, inputs_embeds) else None
-        )
-        attention_mask, has_past = self._mask(
-            attention_mask, inputs_embeds, position_ids, past_key_values, past_length
-        )
-        layer_kwargs = {
-            "attention_mask": attention_mask,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+        token_mask = None
+        if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
+            token_mask = attention_mask.bool()
+        mask, has_past = self._mask(attention_mask, inputs_embeds, position_ids, past_key_values, past_length)
+        return {
+            "attention_mask": mask,
+            "has_past": has_past,
             "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "token_mask": token_mask,
-            **kwargs,
         }
-        hidden_states, balance_losses = inputs_embeds, []
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states, balance_loss = layer(
-                hidden_states, past_key_values=past_key_values, has_past=has_past, **layer_kwargs
-            )
-            balance_losses.append(balance_loss)
-        hidden_states = self.norm(hidden_states)
-
-        mtp_hidden_states = None
-        if output_mtp_hidden_states:
-            mtp_hidden_states, mtp_balance_losses = self._predict_further(hidden_states, inputs_embeds, layer_kwargs)
-            balance_losses += mtp_balance_losses
-        balance_losses = [loss for loss in balance_losses if loss is not None]
-        return DeepseekModelOutput(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            aux_loss=torch.stack([loss.to(hidden_states.device) for loss in balance_losses]).sum()
-            if balance_losses
-            else None,
-            mtp_hidden_states=mtp_hidden_states,
-        )
 
     def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         try:
@@ -661,30 +691,22 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 config=self.config, attention_mask=attention_mask, past_key_values=None, **arguments
             ), False
         return create_causal_mask(
-            config=_plain_mask_config(self.config),
+            config=self._plain_mask_config,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             **arguments,
         ), True
 
-    def _predict_further(self, hidden_states, inputs_embeds, layer_kwargs):
-        """Runs the multi-token-prediction modules over whole rows -> their states, their balance losses.
 
-        Module k sees token t + k at place t. The last k places of a row have no such token; they get the row's first
-        ones, which no earlier place attends to, and their predictions are not used.
-        """
-        states, balance_losses = [], []
-        for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
-            hidden_states, balance_loss = layer(
-                hidden_states, next_embeds=inputs_embeds.roll(-k, dims=1), **layer_kwargs
-            )
-            states.append(hidden_states)
-            balance_losses.append(balance_loss)
-        return tuple(states), balance_losses
+def _count(layer: DeepseekDecoderLayer, balance_loss: torch.Tensor | None, load: torch.Tensor | None) -> list:
+    """Notes a layer's load at its router; the balance loss comes back in a list, empty where there is none."""
+    if load is not None:
+        layer.mlp.gate.count_load(load)
+    return [] if balance_loss is None else [balance_loss]
 
 
-def _is_padding_mask(attention_mask, inputs_embeds) -> bool:
-    return isinstance(attention_mask, torch.Tensor) and attention_mask.shape == inputs_embeds.shape[:2]
+def _total(losses: list[torch.Tensor]) -> torch.Tensor | None:
+    return sum(loss.to(losses[0].device) for loss in losses) if losses else None
 
 
 def _plain_mask_config(config):
@@ -727,35 +749,36 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions, or indices of positions, to compute logits for; 0 for all.
             The rest as in `DeepseekModel`.
         """
-        wants_mtp = (
-            labels is not None
-            and self.training
-            and self.config.num_nextn_predict_layers > 0
-            and self.config.mtp_loss_weight > 0
-            and past_key_values is None
-        )
+        if use_cache is None and self.training:
+            use_cache = False  # nobody reads it, and packed rows are told apart only without one
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache and not wants_mtp,
-            output_mtp_hidden_states=wants_mtp,
+            use_cache=use_cache,
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, positions])  # [B, S or kept, vocab_size]
 
         loss = lm_loss = mtp_loss = None
+        aux_loss = outputs.aux_loss
         if labels is not None:
-            lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = lm_loss
-            if wants_mtp:
-                mtp_loss = self._mtp_loss(outputs.mtp_hidden_states, labels, position_ids, **kwargs)
+            loss = lm_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+            predicts_further = self.config.num_nextn_predict_layers and self.config.mtp_loss_weight
+            if self.training and predicts_further and past_key_values is None:
+                states, mtp_aux_loss = self.model.predict_further(
+                    outputs.last_hidden_state, input_ids, attention_mask, position_ids, inputs_embeds
+                )
+                mtp_loss = self._mtp_loss(states, labels, position_ids, **kwargs)
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
-            if outputs.aux_loss is not None:
-                loss = loss + self.config.aux_loss_alpha * outputs.aux_loss.to(loss.device)
+                aux_loss = _total([part for part in (aux_loss, mtp_aux_loss) if part is not None])
+            if aux_loss is not None:
+                loss = loss + self.config.aux_loss_alpha * aux_loss.to(loss.device)
         return DeepseekCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -765,7 +788,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             lm_loss=lm_loss,
             mtp_loss=mtp_loss,
-            aux_loss=outputs.aux_loss,
+            aux_loss=aux_loss,
         )
 
     def _mtp_loss(self, mtp_hidden_states, labels, position_ids, **kwargs) -> torch.Tensor:
@@ -799,9 +822,25 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
     """A linear score on the last token that is not padding."""
 
+    def __init__(self, config):
+        # Not the generic one: it makes its base model by AutoModel, which does not know custom code.
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
 
 class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):
     """A linear score on every token."""
+
+    def __init__(self, config):
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
 
 
 register_expert_conversion(DeepseekConfig.model_type)

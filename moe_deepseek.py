@@ -7,6 +7,8 @@ Shape letters: B batch, S tokens of a row, N = B * S tokens, D hidden size, E ro
 P experts per token, F inner width of an expert.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,23 +31,24 @@ def _select_greedy(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tens
 
 def _select_group_limited(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
     """The P best experts of the best groups, a group being as good as its best expert: V2. [N, E] -> [N, P]"""
-    group_scores = scores.unflatten(-1, (router.n_group, -1)).amax(dim=-1)  # [N, G]
-    return _select_in_best_groups(scores, group_scores, router)
+    return _select_in_best_groups(scores, lambda grouped: grouped.amax(dim=-1), router)
 
 
 def _select_bias_corrected(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
     """As V2's, but on scores plus the correction bias, a group being as good as its two best: V3. [N, E] -> [N, P]"""
     biased = scores + router.e_score_correction_bias  # [N, E]
-    group_scores = biased.unflatten(-1, (router.n_group, -1)).topk(2, dim=-1).values.sum(dim=-1)  # [N, G]
-    return _select_in_best_groups(biased, group_scores, router)
+    return _select_in_best_groups(biased, lambda grouped: grouped.topk(2, dim=-1).values.sum(dim=-1), router)
 
 
-def _select_in_best_groups(scores: torch.Tensor, group_scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
-    best_groups = group_scores.topk(router.topk_group, dim=-1, sorted=False).indices  # [N, topk_group]
-    excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best_groups, False)  # [N, G]
-    # -inf, not 0: biased scores can be negative, and a 0 would then beat an expert of a chosen group
-    allowed = scores.unflatten(-1, (router.n_group, -1)).masked_fill(excluded[..., None], float("-inf"))  # [N, G, E/G]
-    return allowed.flatten(-2).topk(router.top_k, dim=-1, sorted=False).indices  # [N, P]
+def _select_in_best_groups(scores: torch.Tensor, rate: Callable, router: "DeepseekRouter") -> torch.Tensor:
+    """`rate` makes group scores [N, G] from expert scores [N, G, E/G]."""
+    if router.topk_group < router.n_group:
+        grouped = scores.unflatten(-1, (router.n_group, -1))  # [N, G, E/G]
+        best_groups = rate(grouped).topk(router.topk_group, dim=-1, sorted=False).indices  # [N, topk_group]
+        excluded = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best_groups, False)  # [N, G]
+        # -inf, not 0: biased scores can be negative, and a 0 would then beat an expert of a chosen group
+        scores = grouped.masked_fill(excluded[..., None], float("-inf")).flatten(-2)  # [N, E]
+    return scores.topk(router.top_k, dim=-1, sorted=False).indices  # [N, P]
 
 
 SELECTIONS = {
@@ -99,13 +102,8 @@ class DeepseekRouter(nn.Module):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * self.routed_scaling_factor, indices
 
-    @torch.no_grad()
-    def count_load(self, indices: torch.Tensor, token_mask: torch.Tensor | None):
-        """Adds a batch's choices, int64 [N, P], to `expert_load`; tokens whose mask bool [N] is false do not count."""
-        chosen = F.one_hot(indices, self.weight.shape[0]).sum(dim=1).float()  # [N, E]
-        if token_mask is not None:
-            chosen = chosen * token_mask[:, None]
-        load = chosen.sum(dim=0)  # [E]
+    def count_load(self, load: torch.Tensor):
+        """Adds one batch's tokens per expert, float32 [E], to `expert_load`."""
         self.expert_load = load if self.expert_load is None else self.expert_load + load
 
 
@@ -145,19 +143,28 @@ class DeepseekExperts(nn.Module):
             [N, D], the weighted sum over each token's experts.
         """
         num_tokens, top_k = top_k_index.shape
-        # Read once: under LoRA each access to a parameter builds base + update for all experts.
-        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        # Once, not at each use: under LoRA each access to a parameter builds base + update for all experts, and in
+        # training each indexing makes a gradient as large as all experts.
+        gate_up_proj, down_proj = self.gate_up_proj.unbind(), self.down_proj.unbind()  # E of [2F, D], [D, F]
+
+        def run(expert: int, rows: torch.Tensor) -> torch.Tensor:  # [n, D] -> [n, D]
+            gate, up = F.linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
+            return F.linear(self.act_fn(gate) * up, down_proj[expert])
+
+        if num_tokens == 1:  # decoding: nothing to sort
+            chosen = zip(top_k_index[0].tolist(), top_k_weights[0], strict=True)
+            outputs = [run(expert, hidden_states) * weight for expert, weight in chosen if expert < self.num_experts]
+            return torch.stack(outputs).sum(dim=0) if outputs else torch.zeros_like(hidden_states)
+
         order = top_k_index.flatten().argsort(stable=True)  # [N * P]
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()[: self.num_experts]
         inputs = hidden_states[order // top_k]  # [N * P, D]
-        outputs = []
-        for expert, rows in enumerate(inputs[: sum(counts)].split(counts)):
-            if counts[expert]:
-                gate, up = F.linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
-                outputs.append(F.linear(self.act_fn(gate) * up, down_proj[expert]))  # [n, D]
+        outputs = [
+            run(expert, rows) for expert, rows in enumerate(inputs[: sum(counts)].split(counts)) if counts[expert]
+        ]
         outputs.append(inputs.new_zeros(len(order) - sum(counts), self.hidden_dim))
         outputs = torch.cat(outputs) * top_k_weights.flatten()[order, None]  # [N * P, D]
-        in_token_order = torch.empty_like(outputs, dtype=outputs.dtype).index_copy(0, order, outputs)  # [N * P, D]
+        in_token_order = outputs[order.argsort()]  # [N * P, D]
         return in_token_order.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)  # [N, D]
 
 
@@ -177,14 +184,16 @@ class DeepseekMoE(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: [B, S, D].
             token_mask: bool [B, S], true for real tokens; None where all are. Only balancing looks at it.
 
         Returns:
-            [B, S, D], and in training the layer's balance loss (a float32 scalar), else None.
+            [B, S, D]; in training also the layer's balance loss (float32 scalar, None if `aux_loss_alpha` is 0) and
+            its tokens per expert (float32 [E]). They are returned, not kept, so that a layer under gradient
+            checkpointing, which runs twice, is counted once.
         """
         shape = hidden_states.shape
         tokens = hidden_states.reshape(-1, shape[-1])  # [N, D]
@@ -192,16 +201,17 @@ class DeepseekMoE(nn.Module):
         output = self.experts(tokens, indices, weights.to(tokens.dtype)).view(shape)  # [B, S, D]
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
+        if not self.training:
+            return output, None, None
 
+        chosen = F.one_hot(indices, logits.shape[-1]).sum(dim=1).float().view(*shape[:2], -1)  # [B, S, E]
+        if token_mask is not None:
+            chosen = chosen * token_mask[..., None]
         balance_loss = None
-        if self.training:
-            self.gate.count_load(indices, None if token_mask is None else token_mask.flatten())
-            if self.aux_loss_alpha:
-                scores = self.gate.score(logits)
-                balance_loss = sequence_balance_loss(
-                    scores.view(*shape[:2], -1), indices.view(*shape[:2], -1), token_mask
-                )
-        return output, balance_loss
+        if self.aux_loss_alpha:
+            scores = self.gate.score(logits).view(*shape[:2], -1)  # [B, S, E]
+            balance_loss = sequence_balance_loss(scores, chosen, token_mask)
+        return output, balance_loss, chosen.sum(dim=(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,7 +220,7 @@ class DeepseekMoE(nn.Module):
 
 
 def sequence_balance_loss(
-    scores: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None = None
+    scores: torch.Tensor, chosen: torch.Tensor, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Sequence-wise balance loss, DeepSeek-V3 eq. 17-20 without the factor alpha; 1 at perfect balance.
 
@@ -221,20 +231,18 @@ def sequence_balance_loss(
 
     Args:
         scores: [B, S, E], positive.
-        indices: int64 [B, S, P].
+        chosen: [B, S, E], 1 where a token visits an expert, all 0 for padding.
         token_mask: bool [B, S], true for real tokens; padding is left out, and so is a row that is all padding.
     """
-    num_experts, top_k = scores.shape[-1], indices.shape[-1]
     shares = scores / scores.sum(dim=-1, keepdim=True)  # [B, S, E]
-    chosen = F.one_hot(indices, num_experts).sum(dim=2).to(shares.dtype)  # [B, S, E]
-    if token_mask is None:
-        fractions, mean_shares = chosen.mean(dim=1), shares.mean(dim=1)  # [B, E]
-        return (fractions * mean_shares).sum(dim=-1).mean() * (num_experts / top_k)
-    mask = token_mask[..., None].to(shares.dtype)  # [B, S, 1]
-    lengths = mask.sum(dim=1).clamp(min=1)  # [B, 1]
-    fractions, mean_shares = (chosen * mask).sum(dim=1) / lengths, (shares * mask).sum(dim=1) / lengths  # [B, E]
-    per_row = (fractions * mean_shares).sum(dim=-1) * (num_experts / top_k)  # [B]
-    return per_row.sum() / token_mask.any(dim=1).sum().clamp(min=1)
+    lengths = shares.new_full((len(shares), 1), shares.shape[1])  # [B, 1]
+    if token_mask is not None:
+        shares = shares * token_mask[..., None]
+        lengths = token_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    top_k = chosen.sum(dim=-1).amax()
+    fractions = chosen.sum(dim=1) * (chosen.shape[-1] / (top_k * lengths))  # [B, E]
+    per_row = (fractions * shares.sum(dim=1) / lengths).sum(dim=-1)  # [B]
+    return per_row.mean() if token_mask is None else per_row.sum() / token_mask.any(dim=1).sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ _MOE = {
     "n_routed_experts": 8,
     "n_shared_experts": 2,
     "num_experts_per_tok": 3,
-    "moe_intermediate_size": 12,
+    "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
     "moe_layer_freq": 1,
     "aux_loss_alpha": 0.01,

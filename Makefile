@@ -1,0 +1,43 @@
+# Two commands: `make demo` shows the main job, `make test` runs the tests. Python 3.10+ is all they need.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKERS ?= 2
+
+.PHONY: demo test test-slow test-oldest lint format clean
+
+demo: $(VENV)/installed
+	$(RUN) demo.py
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -n $(WORKERS)
+
+# Longer tests: compiled decoding, learning runs, processes that talk to each other.
+test-slow: $(VENV)/installed
+	$(RUN) -m pytest -n $(WORKERS) -m slow
+
+# The model's own tests on the oldest transformers that pyproject.toml allows.
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/unit tests/contract tests/parity
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+format: $(VENV)/installed
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)-oldest/installed: requirements.txt requirements-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet -r requirements-oldest.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,198 @@
+"""The published config.json files: they load unchanged and come out again with every field as it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checks import ROOT
+from deepseek_repo.configuration_deepseek import DeepseekConfig
+from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
+from hypothesis import given, settings, strategies as st
+from tiny import FAMILIES, make_config, make_model
+from transformers import AutoConfig, DeepseekV2Config, DeepseekV3Config, LlamaConfig
+
+FILES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.json"))}
+NATIVE = {"llama": LlamaConfig, "deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
+# Parameters of the model itself, prediction modules not counted; from the papers and from the sizes by hand.
+PARAMETERS = {
+    "deepseek_llm_7b": 6.91e9,
+    "deepseek_llm_67b": 67.4e9,
+    "deepseek_moe_16b": 16.38e9,
+    "deepseek_v2_lite": 15.71e9,
+    "deepseek_v2_5": 235.7e9,
+    "deepseek_v3": 671.0e9,
+}
+
+
+@pytest.fixture(params=FILES)
+def path(request) -> Path:
+    return FILES[request.param]
+
+
+def load(path: Path, folder: Path) -> DeepseekConfig:
+    (folder / "config.json").write_text(path.read_text())
+    return DeepseekConfig.from_pretrained(folder)
+
+
+def test_every_file_is_listed():
+    assert FILES.keys() == PARAMETERS.keys()
+
+
+def test_every_field_survives(path, tmp_path):
+    published = json.loads(path.read_text())
+    load(path, tmp_path).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    for key, value in published.items():
+        if key == "transformers_version":
+            continue
+        assert key in saved, f"{key} is lost"
+        assert saved[key] == value, f"{key} was {value!r}, is {saved[key]!r}"
+
+
+def test_saving_twice_changes_nothing(path, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    load(path, tmp_path).save_pretrained(first)
+    DeepseekConfig.from_pretrained(first).save_pretrained(second)
+    assert (second / "config.json").read_text() == (first / "config.json").read_text()
+
+
+def test_native_class_reads_what_we_save(path, tmp_path):
+    published = json.loads(path.read_text())
+    if published["model_type"] not in NATIVE:
+        pytest.skip("transformers has no class of its own for this model")
+    original = NATIVE[published["model_type"]].from_pretrained(tmp_path_with(tmp_path / "original", path))
+    load(path, tmp_path).save_pretrained(tmp_path / "saved")
+    through_us = NATIVE[published["model_type"]].from_pretrained(tmp_path / "saved")
+    for key, value in original.to_dict().items():
+        if key not in ("_name_or_path", "transformers_version"):
+            assert getattr(through_us, key) == value, key
+    assert type(AutoConfig.from_pretrained(tmp_path / "saved")) is NATIVE[published["model_type"]]
+
+
+def test_number_of_parameters(path, tmp_path):
+    config = load(path, tmp_path)
+    config.num_nextn_predict_layers = 0
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = DeepseekForCausalLM(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == pytest.approx(PARAMETERS[path.stem], rel=2e-3)
+
+
+def test_meaning_of_the_v3_file(tmp_path):
+    config = load(FILES["deepseek_v3"], tmp_path)
+    assert config.attention_kind == "mla"
+    assert config.mlp_layer_types == ["dense"] * 3 + ["sparse"] * 58
+    assert (config.scoring_func, config.topk_method, config.n_group, config.topk_group) == ("sigmoid", "noaux_tc", 8, 4)
+    assert config.qk_head_dim == 192
+    assert config.rope_interleave
+    assert config.num_nextn_predict_layers == 1
+    assert config.rope_parameters["rope_type"] == "yarn"
+    assert config.rope_parameters["original_max_position_embeddings"] == 4096
+
+
+def test_meaning_of_the_dense_and_the_first_moe_file(tmp_path):
+    dense = load(FILES["deepseek_llm_67b"], tmp_path)
+    assert dense.attention_kind == "gqa"
+    assert set(dense.mlp_layer_types) == {"dense"}
+    assert (dense.num_key_value_heads, dense.head_dim, dense.num_nextn_predict_layers) == (8, 128, 0)
+    moe = load(FILES["deepseek_moe_16b"], tmp_path)
+    assert moe.attention_kind == "gqa"
+    assert moe.mlp_layer_types == ["dense"] + ["sparse"] * 27
+    assert (moe.scoring_func, moe.topk_method, moe.routed_scaling_factor) == ("softmax", "greedy", 1.0)
+    assert not moe.rope_interleave
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_names_the_published_class(family, tmp_path):
+    make_model(family).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    model_type = FAMILIES[family]["model_type"]
+    prefix = {"llama": "Llama", "deepseek": "Deepseek", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}
+    assert saved["model_type"] == model_type
+    assert saved["architectures"] == [f"{prefix[model_type]}ForCausalLM"]
+    assert not saved.keys() & {"attention_kind", "checkpoint_model_type", "mlp_layer_types_", "rope_parameters"}
+
+
+def test_example_config_of_the_repository(tmp_path):
+    config = load(ROOT / "config.json", tmp_path)
+    model = DeepseekForCausalLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 50e6, "not small"
+    assert config.auto_map.keys() >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_misspelt_greedy_of_the_first_v2_files(tmp_path):
+    published = {**json.loads(FILES["deepseek_v2_lite"].read_text()), "topk_method": "gready"}
+    (tmp_path / "odd.json").write_text(json.dumps(published))
+    assert load(tmp_path / "odd.json", tmp_path).topk_method == "greedy"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_given_in_code_survive(family, tmp_path):
+    """Every field of the signature, changed from its default, comes back from the file."""
+    changed = {
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.01,
+        "attention_bias": True,
+        "attention_dropout": 0.1,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+        "mtp_loss_weight": 0.1,
+        "aux_loss_alpha": 0.5,
+        "rope_theta": 5000.0,
+        "num_labels": 4,
+    }
+    make_config(family, **changed).save_pretrained(tmp_path)
+    loaded = DeepseekConfig.from_pretrained(tmp_path)
+    for key, value in changed.items():
+        actual = loaded.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(loaded, key)
+        assert actual == value, key
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+def test_both_spellings_of_rope(field, name):
+    rope = {name: "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale_all_dim": 1.0}
+    config = make_config("v3", **{"rope_scaling": None, field: rope})
+    assert config.rope_parameters["rope_type"] == "yarn"
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    assert config.to_dict()["rope_scaling"]["type"] == "yarn"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 12),
+    first=st.integers(0, 14),
+    every=st.integers(1, 4),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    per_group=st.integers(2, 5),
+    heads=st.integers(1, 9),
+    rope=st.integers(1, 20),
+)
+def test_round_trip_of_any_valid_config(layers, first, every, groups, per_group, heads, rope):
+    given_fields = {
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": first,
+        "moe_layer_freq": every,
+        "n_group": groups,
+        "topk_group": groups,
+        "n_routed_experts": groups * per_group,
+        "num_experts_per_tok": per_group,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "qk_rope_head_dim": 2 * rope,
+    }
+    config = make_config("v3", **given_fields)
+    kinds = ["sparse" if i >= first and i % every == 0 else "dense" for i in range(layers)]
+    assert config.mlp_layer_types == kinds
+    again = DeepseekConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    assert again.mlp_layer_types == kinds
+
+
+def tmp_path_with(folder: Path, path: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(path.read_text())
+    return folder
