@@ -104,6 +104,7 @@ _MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_
 _MOE_FIELDS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
 _MOE_FIELDS += ("first_k_dense_replace", "moe_layer_freq", "scoring_func", "topk_method", "n_group", "topk_group")
 _MOE_FIELDS += ("norm_topk_prob", "routed_scaling_factor", "aux_loss_alpha")
+_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 _SCORING_FUNCS = ("softmax", "sigmoid")
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -436,9 +437,9 @@ def _check_count(name: str, value, minimum: int):
         raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {minimum}.")
 
 
-def _check_number(name: str, value, minimum: float = 0):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < float("inf"):
-        raise ValueError(f"`{name}` is {value!r}; it must be a number of at least {minimum}.")
+def _check_number(name: str, value, minimum: float = 0, maximum: float = 1e30):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
+        raise ValueError(f"`{name}` is {value!r}; it must be a number from {minimum} to {maximum:g}.")
 
 
 def _check_choice(name: str, value, allowed: tuple):

@@ -70,6 +70,15 @@ class DeepseekRotaryEmbedding(nn.Module):
         # transformers fills both again after loading on the meta device
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Follows a model to another device, not to another dtype: rounded frequencies turn far positions wrongly."""
+        exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, values in exact.items():
+            if not values.is_meta:
+                setattr(self, name, values.to(getattr(self, name).device))
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
         """theta^(-2i / D) for i in 0 .. D/2 - 1, float32 [D/2], and the factor 1 on cos and sin."""
@@ -103,8 +112,9 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lay
     cos, sin = cos[:, None], sin[:, None]  # [B, 1, S, D/2]
     x = states.float()
     first, second = (x[..., 0::2], x[..., 1::2]) if layout == "interleaved" else x.chunk(2, dim=-1)  # [B, H, S, D/2]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [B, H, S, D]
-    return rotated.to(states.dtype)
+    turned_first = torch.addcmul(first * cos, second, sin, value=-1)
+    turned_second = torch.addcmul(second * cos, first, sin)
+    return torch.cat((turned_first, turned_second), dim=-1).to(states.dtype)  # [B, H, S, D]
 
 
 def yarn_softmax_factor(rope_parameters: dict) -> float:

@@ -6,7 +6,6 @@ two stacked parameters. transformers converts both ways while it loads and saves
 
 import json
 import os
-import re
 import struct
 from contextlib import contextmanager
 
@@ -97,8 +96,8 @@ class CheckpointFiles:
     def _read_index(self, index: str):
         with open(index, encoding="utf-8") as file:
             try:
-                self.shard_of = dict(json.load(file)["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                self.shard_of = {key: str(name) for key, name in json.load(file)["weight_map"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is not a safetensors index; download the file again.") from error
         if not os.path.isdir(self._path):
             return  # on the Hub, shards are fetched later
@@ -129,10 +128,10 @@ def _read_header(path: str) -> dict:
             raise ValueError(f"{path} is no safetensors file ({size} bytes). {remedy}")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} has an unreadable safetensors header. {remedy}") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < expected:
         raise ValueError(f"{path} has {size} bytes, its header promises {expected}. {remedy}")
     return header
@@ -217,15 +216,14 @@ def _cpu_has_bfloat16() -> bool:
 
 @contextmanager
 def explain_loading_error(path):
-    """Turns transformers' report of tensors of a wrong shape into an error that says what does not fit."""
+    """Turns transformers' refusal of tensors of a wrong shape into an error that says what does not fit."""
     try:
         yield
     except RuntimeError as error:
-        mismatch = re.search(r"([\w.]+weight)\W.*(?:size mismatch|MISMATCH)", str(error))
-        if mismatch is None:
+        if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"The weights in {path} do not have the shapes that its config.json asks for (first: {mismatch[1]}). Use "
-            "the config.json that belongs to the weights; for a changed vocabulary, load and then call "
+            f"Weights in {path} do not have the shape that its config.json asks for; the report above names them. Use "
+            "the config.json that belongs to the weights. For a changed vocabulary, load and then call "
             "model.resize_token_embeddings."
         ) from error

@@ -220,36 +220,43 @@ class DeepseekMLA(nn.Module):
         Returns:
             [B, S, hidden_size], and probabilities [B, H, S, T] where they exist.
         """
-        q_nope, q_rope = self._queries(hidden_states, position_embeddings)
-        latent, k_rope = self._latents(hidden_states, position_embeddings)
+        q_nope, q_rope = self._queries(hidden_states)
+        latent, k_rope = self._latents(hidden_states)
+        with_position = torch.cat((q_rope, k_rope), dim=1)  # [B, H + 1, S, Dr]
+        with_position = apply_rotary(with_position, *position_embeddings, layout=self.rope_layout)
+        q_rope, k_rope = with_position[:, :-1], with_position[:, -1:]  # [B, H, S, Dr], [B, 1, S, Dr]
         if past_key_values is not None:
             all_latent, all_k_rope = past_key_values.update(
                 latent, k_rope, self.layer_idx
             )  # [B, 1, T, C], [B, 1, T, Dr]
 
+            cache_layer = past_key_values.layers[self.layer_idx]
+
         if not has_past:
+            if past_key_values is not None:
+                cache_layer.kv_b_weight = None  # see _kv_b_weight: a new text begins
             output, probs = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
-            output, probs = self._absorbed(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
+            weight = self._kv_b_weight(latent, cache_layer)
+            output, probs = self._absorbed(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight)
         else:
             output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
         return self.o_proj(output.flatten(2)), probs
 
-    def _queries(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> q_nope [B, H, S, Dn], q_rope [B, H, S, Dr]"""
+    def _queries(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> q_nope [B, H, S, Dn], q_rope [B, H, S, Dr], not yet rotated"""
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         query = query.view(*hidden_states.shape[:2], -1, self.qk_head_dim).transpose(1, 2)  # [B, H, S, Dn + Dr]
-        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return q_nope, apply_rotary(q_rope, *position_embeddings, layout=self.rope_layout)
+        return query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
-    def _latents(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> latent [B, 1, S, C], k_rope [B, 1, S, Dr]; the head axis is there for the cache layers"""
+    def _latents(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> latent [B, 1, S, C], k_rope [B, 1, S, Dr], not yet rotated; the head axis is there for the cache layers"""
         compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]  # [B, 1, S, C + Dr]
         latent, k_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent), apply_rotary(k_rope, *position_embeddings, layout=self.rope_layout)
+        return self.kv_a_layernorm(latent), k_rope
 
     def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, 1, S, C], [B, 1, S, Dr] -> keys [B, H, S, Dn + Dr], values [B, H, S, Dv]"""
@@ -284,10 +291,12 @@ class DeepseekMLA(nn.Module):
         )
         return output[..., : self.v_head_dim], probs
 
-    def _absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask):
+    def _absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask, kv_b_weight):
         """Attention over latents [B, 1, T, C] and keys [B, 1, T, Dr] as they lie in the cache -> [B, S, H, Dv], probs"""
         batch, heads, length, _ = q_nope.shape
-        w_uk, w_uv = self._up_projections()
+        head_width = self.qk_nope_head_dim + self.v_head_dim
+        up_projections = kv_b_weight.view(heads, head_width, self.kv_lora_rank)  # [H, Dn + Dv, C]
+        w_uk, w_uv = up_projections.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, Dn, C], [H, Dv, C]
         latent, k_rope = latent[:, 0], k_rope[:, 0]  # [B, T, C], [B, T, Dr]
         q_latent = (q_nope * self.scaling) @ w_uk  # [B, H, S, C]
         # All heads read the same keys, so they are rows of one matrix product and the past is read once.
@@ -322,21 +331,19 @@ class DeepseekMLA(nn.Module):
             maximum = new_maximum
         return (output / total).to(q_nope.dtype).transpose(1, 2), None  # [B, S, H, Dv]
 
-    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W_UK [H, Dn, C] and W_UV [H, Dv, C]: the two halves of kv_b_proj, head by head."""
-        weight = _dense_weight(self.kv_b_proj, self.kv_lora_rank)
-        weight = weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)  # [H, Dn + Dv, C]
-        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+    def _kv_b_weight(self, latent: torch.Tensor, cache_layer) -> torch.Tensor:
+        """The matrix that kv_b_proj applies, [H * (Dn + Dv), C], also with LoRA, quantised or offloaded.
 
-
-def _dense_weight(linear: nn.Module, in_features: int) -> torch.Tensor:
-    """The matrix [out, in] a linear module applies, whatever it is: plain, with LoRA, quantised or offloaded."""
-    if type(linear) is nn.Linear and not linear.weight.is_meta:
-        return linear.weight
-    weight = getattr(linear, "weight", None)
-    like = next(p for p in linear.parameters() if p.is_floating_point()) if weight is None else weight
-    identity = torch.eye(in_features, dtype=like.dtype, device=like.device)
-    return linear(identity).T
+        In those cases it is what the module makes of the identity. That costs more than a decoded token should, so it
+        is kept with the cache, for as long as the text whose latents lie there.
+        """
+        if type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta:
+            return self.kv_b_proj.weight
+        weight = getattr(cache_layer, "kv_b_weight", None)
+        if weight is None or torch.is_grad_enabled():
+            identity = torch.eye(self.kv_lora_rank, dtype=latent.dtype, device=latent.device)
+            weight = cache_layer.kv_b_weight = self.kv_b_proj(identity).T
+        return weight
 
 
 ATTENTION_CLASSES = {"gqa": DeepseekAttention, "mla": DeepseekMLA}

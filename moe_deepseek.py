@@ -91,6 +91,14 @@ class DeepseekRouter(nn.Module):
         # would overwrite the counts of every process with those of the first.
         self.expert_load: torch.Tensor | None = None  # float32 [E]
 
+    def _apply(self, fn, recurse=True):
+        """Lets the bias follow the model to another device, but not to another dtype."""
+        exact = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if exact is not None and not exact.is_meta:
+            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
+        return self
+
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, D] -> logits float32 [N, E], weights float32 [N, P], indices int64 [N, P]"""
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
@@ -165,7 +173,7 @@ class DeepseekExperts(nn.Module):
         outputs.append(inputs.new_zeros(len(order) - sum(counts), self.hidden_dim))
         outputs = torch.cat(outputs) * top_k_weights.flatten()[order, None]  # [N * P, D]
         in_token_order = outputs[order.argsort()]  # [N * P, D]
-        return in_token_order.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)  # [N, D]
+        return in_token_order.view(num_tokens, top_k, self.hidden_dim).sum(dim=1).to(hidden_states.dtype)  # [N, D]
 
 
 class DeepseekMoE(nn.Module):

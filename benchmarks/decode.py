@@ -12,10 +12,10 @@ Writes benchmarks/results/decode.json and decode.png.
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,6 +60,7 @@ CONFIG = {
     "rope_theta": 10000.0,
 }
 CONTEXTS = [512, 2048, 8192, 32768]
+TOKENS_PER_TURN = 8  # as in generation, a model's weights then lie in the processor's caches from the token before
 LOADERS = {
     "ours": lambda folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
     "native": lambda folder: DeepseekV3ForCausalLM.from_pretrained(folder),
@@ -86,19 +87,20 @@ def decode(models: dict, bandwidth: float) -> list[dict]:
     token = torch.ones(1, 1, dtype=torch.long)
     for context in CONTEXTS:
         caches = {name: filled_cache(model, context) for name, model in models.items()}
-        steps = {
-            name: lambda model=model, cache=caches[name]: model(token, past_key_values=cache)
-            for name, model in models.items()
-        }
-        row = {
-            "context": context,
-            **summarise(interleave(steps, repeats=max(8, 2**16 // context // 4), warmup=3), "native"),
-        }
+
+        def turn(name, caches=caches):
+            for _ in range(TOKENS_PER_TURN):
+                models[name](token, past_key_values=caches[name])
+
+        turns = {name: partial(turn, name) for name in models}
+        seconds = interleave(turns, repeats=max(4, 2**15 // context))
+        per_token = {name: [t / TOKENS_PER_TURN for t in times] for name, times in seconds.items()}
+        row = {"context": context, **summarise(per_token, "native")}
         latents = context * CONFIG["num_hidden_layers"] * (CONFIG["kv_lora_rank"] + CONFIG["qk_rope_head_dim"])
         row["floor_ms"] = round(4 * (active + latents) / bandwidth * 1e3, 3)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        del caches, steps
+        del caches, turn, turns
         gc.collect()
     return rows
 
@@ -136,7 +138,7 @@ def training_step(models: dict, batch: int, length: int) -> dict:
 
 
 def peak_memory(folder: str, length: int) -> dict:
-    """Peak resident MiB above the loaded model's, of a process that does one prefill, for each implementation."""
+    """MiB that one prefill adds to a process at its peak, for each implementation in a process of its own (Linux)."""
     command = [sys.executable, "-m", "benchmarks.decode", "--child-prefill", folder, "--tokens", str(length)]
     return {
         name: json.loads(subprocess.run([*command, "--child-model", name], capture_output=True, check=True).stdout)
@@ -148,9 +150,16 @@ def child_prefill(folder: str, name: str, length: int):
     model = LOADERS[name](folder).eval()
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.long))  # what is allocated once and for all
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = resident_kib("VmRSS")
         model(torch.zeros(1, length, dtype=torch.long), use_cache=True, logits_to_keep=1)
-    print(json.dumps({"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024}))
+    print(json.dumps({"peak_mib": (resident_kib("VmHWM") - before) // 1024}))
+
+
+def resident_kib(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def plot(rows: list[dict], path: Path):

@@ -256,14 +256,15 @@ def greedy_answers(
         padding=True,
         tokenizer_kwargs={"padding_side": "left"},  # so that all answers begin at the same place
     ).to(model.device)
-    defaults = GenerationConfig(
+    greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": 50},  # neutral: else the checkpoint's, with a warning
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token(tokenizer),
     )
     tokens = model.generate(
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=defaults
+        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=greedy
     )
     new_tokens = tokens[:, encoded["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]

@@ -113,9 +113,17 @@ def router_biases(model: nn.Module) -> dict[str, list[float]]:
 
 @dataclass
 class Progress:
-    """What a checkpoint knows beyond weights, optimizer and random state."""
+    """What a checkpoint knows beyond weights, optimizer and random state.
 
+    Attributes:
+        step: optimizer steps done.
+        steps: length of the whole run; shortened by `keep_deadline`.
+        seconds: wall time of the run so far, over all resumptions.
+    """
+
+    steps: int
     step: int = 0
+    seconds: float = 0.0
 
     def state_dict(self) -> dict:
         """For accelerate's `save_state`."""
@@ -123,7 +131,8 @@ class Progress:
 
     def load_state_dict(self, state: dict) -> None:
         """For accelerate's `load_state`."""
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.steps = min(self.steps, state["steps"]) if state["shortened"] else self.steps
 
 
 class IntervalMeans:

@@ -28,7 +28,7 @@ if "deepseek_repo" not in sys.modules:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-import tiny
+import tiny  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

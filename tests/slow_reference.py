@@ -169,7 +169,9 @@ class SlowModel:
         if c.topk_method != "greedy":
             size, counted = len(scores) // c.n_group, 2 if c.topk_method == "noaux_tc" else 1
             groups = [range(g * size, (g + 1) * size) for g in range(c.n_group)]
-            groups.sort(key=lambda group: sum(sorted((ranked[i] for i in group), reverse=True)[:counted]), reverse=True)
+            groups.sort(
+                key=lambda group: sum(sorted((ranked[i] for i in group), reverse=True)[:counted]), reverse=True
+            )
             candidates = [i for group in groups[: c.topk_group] for i in group]
         chosen = sorted(candidates, key=lambda i: ranked[i], reverse=True)[: c.num_experts_per_tok]
         total = sum(scores[i] for i in chosen) if c.norm_topk_prob else 1.0

@@ -63,10 +63,10 @@ def test_native_class_reads_what_we_save(path, tmp_path):
         pytest.skip("transformers has no class of its own for this model")
     original = NATIVE[published["model_type"]].from_pretrained(tmp_path_with(tmp_path / "original", path))
     load(path, tmp_path).save_pretrained(tmp_path / "saved")
-    through_us = NATIVE[published["model_type"]].from_pretrained(tmp_path / "saved")
+    through_us = NATIVE[published["model_type"]].from_pretrained(tmp_path / "saved").to_dict()
     for key, value in original.to_dict().items():
         if key not in ("_name_or_path", "transformers_version"):
-            assert getattr(through_us, key) == value, key
+            assert through_us[key] == value, key
     assert type(AutoConfig.from_pretrained(tmp_path / "saved")) is NATIVE[published["model_type"]]
 
 
@@ -85,7 +85,12 @@ def test_meaning_of_the_v3_file(tmp_path):
     config = load(FILES["deepseek_v3"], tmp_path)
     assert config.attention_kind == "mla"
     assert config.mlp_layer_types == ["dense"] * 3 + ["sparse"] * 58
-    assert (config.scoring_func, config.topk_method, config.n_group, config.topk_group) == ("sigmoid", "noaux_tc", 8, 4)
+    assert (config.scoring_func, config.topk_method, config.n_group, config.topk_group) == (
+        "sigmoid",
+        "noaux_tc",
+        8,
+        4,
+    )
     assert config.qk_head_dim == 192
     assert config.rope_interleave
     assert config.num_nextn_predict_layers == 1
@@ -140,7 +145,7 @@ def test_values_given_in_code_survive(family, tmp_path):
         "use_cache": False,
         "tie_word_embeddings": True,
         "mtp_loss_weight": 0.1,
-        "aux_loss_alpha": 0.5,
+        **({} if family == "llama" else {"aux_loss_alpha": 0.5}),
         "rope_theta": 5000.0,
         "num_labels": 4,
     }

@@ -39,7 +39,7 @@ WRONG = [
     ("v3", {"topk_method": None}, ["topk_method", "None", "'noaux_tc'"]),
     ("v3", {"topk_method": ["greedy"]}, ["topk_method", "['greedy']"]),
     ("v3", {"attention_kind": "mha"}, ["attention_kind", "'mha'", "'gqa'", "'mla'"]),
-    ("v3", {"mlp_layer_types": ["dense"]}, ["mlp_layer_types", "1 ", "3 layers"]),
+    ("v3", {"mlp_layer_types": ["dense"]}, ["mlp_layer_types", "['dense']", "3 layers"]),
     ("v3", {"mlp_layer_types": ["dense", "moe", "dense"]}, ["mlp_layer_types", "'moe'", "'dense'", "'sparse'"]),
     ("llama", {"mlp_layer_types": ["dense", "sparse", "dense"]}, ["mlp_layer_types", "n_routed_experts"]),
     ("v3", {"first_k_dense_replace": -1}, ["first_k_dense_replace", "-1", "at least 0"]),
@@ -57,7 +57,7 @@ WRONG = [
     ("v3", {"rope_scaling": {**YARN, "factor": 0.5}}, ["factor", "0.5", "at least 1"]),
     ("v3", {"rope_scaling": {**YARN, "factor": None}}, ["factor", "None"]),
     ("v3", {"rope_scaling": {"type": "yarn"}}, ["factor", "None"]),
-    ("v3", {"rope_theta": 0}, ["rope_theta", "0", "above 0"]),
+    ("v3", {"rope_theta": 0}, ["rope_theta", "0", "at least"]),
     ("v3", {"rope_theta": "10000"}, ["rope_theta", "'10000'"]),
     ("v3", {"hidden_act": "gelu_typo"}, ["hidden_act", "'gelu_typo'"]),
     ("v3", {"routed_scaling_factor": "2.5"}, ["routed_scaling_factor", "'2.5'"]),
@@ -168,7 +168,9 @@ def test_truncated_file(copied, kind, cut):
     refuses(folder, path.name, "download it again")
 
 
-@pytest.mark.parametrize("start", [b"<!DOCTYPE html><html>Access denied</html>", b"version https://git-lfs.github.com"])
+@pytest.mark.parametrize(
+    "start", [b"<!DOCTYPE html><html>Access denied</html>", b"version https://git-lfs.github.com"]
+)
 def test_a_web_page_instead_of_a_file(copied, start):
     folder = copied("single")
     (folder / "model.safetensors").write_bytes(start + b" " * 200)
@@ -233,7 +235,7 @@ def test_no_weights_at_all(copied):
         DeepseekForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]"])
+@pytest.mark.parametrize("text", ["", "{"])
 def test_broken_config_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises((OSError, ValueError), match="config"):

@@ -6,9 +6,15 @@ import pytest
 import torch
 from checks import assert_close
 from deepseek_repo import modeling_deepseek
+from deepseek_repo.layers_deepseek import apply_rotary
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from tiny import FAMILIES, MAIN_FAMILIES, MLA_FAMILIES, MOE_FAMILIES, make_model, make_tokens
-from transformers import DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification, DynamicCache, StaticCache
+from transformers import (
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+    DynamicCache,
+    StaticCache,
+)
 
 ABSORBED_LIMIT = 7  # max_absorbed_tokens of tiny.py's MLA
 
@@ -122,9 +128,7 @@ def test_several_blocks(family, padded, monkeypatch):
     expected = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
     calls = spy(monkeypatch, "_blockwise")
     cache = model(tokens[:, :270], attention_mask=mask[:, :270], position_ids=positions[:, :270]).past_key_values
-    actual = model(
-        tokens[:, 270:], attention_mask=mask, position_ids=positions[:, 270:], past_key_values=cache
-    ).logits
+    actual = model(tokens[:, 270:], attention_mask=mask, position_ids=positions[:, 270:], past_key_values=cache).logits
     assert len(calls) == model.config.num_hidden_layers
     assert_close(actual, expected[:, 270:])
 
@@ -148,14 +152,16 @@ def test_three_forms_of_mla(family, float_mask, monkeypatch):
     attention, rotary = model.model.layers[1].self_attn, model.model.rotary_emb
     states = torch.randn(2, 200, model.config.hidden_size)
     embeddings = rotary(states, torch.arange(200)[None])
-    queries, latents = attention._queries(states, embeddings), attention._latents(states, embeddings)
+    (q_nope, q_rope), (latent, k_rope) = attention._queries(states), attention._latents(states)
+    q_rope, k_rope = (apply_rotary(x, *embeddings, layout=attention.rope_layout) for x in (q_rope, k_rope))
+    inputs = (q_nope, q_rope, latent, k_rope)
     visible = torch.ones(200, 200, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
     visible[1, :, :, 5:9] = False
     visible[1, :, torch.arange(5, 9), torch.arange(5, 9)] = True
     added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    expected, probs = attention._expanded(*queries, *latents, added)
-    absorbed, absorbed_probs = attention._absorbed(*queries, *latents, added if float_mask else visible)
-    blockwise, _ = attention._blockwise(*queries, *latents, added if float_mask else visible)
+    expected, probs = attention._expanded(*inputs, added)
+    absorbed, absorbed_probs = attention._absorbed(*inputs, added if float_mask else visible)
+    blockwise, _ = attention._blockwise(*inputs, added if float_mask else visible)
     assert_close(absorbed, expected, "absorbed")
     assert_close(absorbed_probs, probs, "probabilities")
     assert_close(blockwise, expected, "blockwise")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from deepseek_repo import modeling_deepseek
+from checks import assert_close
 from tiny import FAMILIES, MAIN_FAMILIES, make_model, make_tokens
+from transformers import StaticCache
 
 SETTINGS = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 
@@ -42,10 +43,6 @@ def test_greedy_with_and_without_cache(name):
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items() if key != "disable_compile"),
 )
 def test_greedy_strategies(family, settings):
-    if settings.keys() >= {"prefill_chunk_size", "cache_implementation"} and not hasattr(
-        modeling_deepseek, "create_masks_for_generate"
-    ):
-        pytest.skip("this transformers cannot prefill a static cache in chunks")
     model, prompt = make_model(family), make_tokens(1, 30)
     prompt[:, 15:] = prompt[:, :15]  # something to look up
     assert torch.equal(model.generate(prompt, **SETTINGS, **settings), plain_greedy(model, prompt))
@@ -111,17 +108,13 @@ def test_generate_in_training_mode(family):
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_compiled_static_decode(family, padded):
     """`generate` compiles the step over a static cache where there is an accelerator; the same step by hand."""
-    from transformers import StaticCache
-
     model, tokens, mask = make_model(family), make_tokens(2, 20), torch.ones(2, 40, dtype=torch.long)
     mask[1, :5] = 0 if padded else 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     torch.compiler.reset()
     step = torch.compile(model, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        expected = model(
-            tokens, attention_mask=mask[:, :20], position_ids=positions[:, :20], use_cache=False
-        ).logits
+        expected = model(tokens, attention_mask=mask[:, :20], position_ids=positions[:, :20], use_cache=False).logits
         cache = StaticCache(config=model.config, max_cache_len=40)
         logits = [
             model(
@@ -141,6 +134,4 @@ def test_compiled_static_decode(family, padded):
             logits.append(step(**inputs).logits)
     actual = torch.cat(logits, dim=1)
     real = mask[:, :20].bool()
-    from checks import assert_close
-
     assert_close(actual[real], expected[real])

@@ -143,7 +143,7 @@ def test_mtp_ignores_padding(name, padding):
     modules = model.config.num_nextn_predict_layers
     losses = [[], []]
     for row, ids in enumerate((tokens[:1], short)):
-        states = model.model(ids, output_mtp_hidden_states=True).mtp_hidden_states
+        states, _ = model.model.predict_further(model.model(ids).last_hidden_state, ids)
         for k in range(1, modules + 1):
             layer = model.model.layers[model.config.num_hidden_layers + k - 1]
             logits = model.lm_head(layer.shared_head.norm(states[k - 1]))[0, : -k - 1]
@@ -155,13 +155,23 @@ def test_mtp_ignores_padding(name, padding):
 
 
 @pytest.mark.parametrize("name", MTP_FAMILIES)
-def test_mtp_does_not_change_the_model_itself(name):
+def test_mtp_can_be_left_out(name):
+    """No weight for its loss, or no modules: the same model, the same loss of the next token."""
+    tokens, outputs = make_tokens(2, 16), []
+    for overrides in ({}, {"mtp_loss_weight": 0.0}):
+        outputs.append(make_model(name, **overrides).train()(tokens, labels=tokens))
+    assert outputs[1].mtp_loss is None
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    assert torch.equal(outputs[0].lm_loss, outputs[1].lm_loss)
+
+
+@pytest.mark.parametrize("name", MTP_FAMILIES)
+def test_mtp_from_embeddings(name):
     model, tokens = make_model(name).train(), make_tokens(2, 16)
-    plain = model.model(tokens)
-    with_mtp = model.model(tokens, output_mtp_hidden_states=True)
-    assert plain.mtp_hidden_states is None
-    assert len(with_mtp.mtp_hidden_states) == model.config.num_nextn_predict_layers
-    assert torch.equal(with_mtp.last_hidden_state, plain.last_hidden_state)
+    expected = model(tokens, labels=tokens)
+    actual = model(inputs_embeds=model.get_input_embeddings()(tokens), labels=tokens)
+    assert_close(actual.mtp_loss, expected.mtp_loss)
+    assert_close(actual.aux_loss, expected.aux_loss)
 
 
 @pytest.mark.parametrize("name", MTP_FAMILIES)
@@ -236,21 +246,27 @@ def test_aux_loss_of_a_model(name, padded):
     assert_close(outputs.aux_loss, torch.tensor(expected), "aux loss")
 
 
+def choices(indices: torch.Tensor) -> torch.Tensor:
+    """[B, S, P] -> float [B, S, 8], 1 where an expert is chosen"""
+    return F.one_hot(indices, 8).sum(dim=2).float()
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_balance_loss_of_random_routing(padded):
     scores, indices = torch.rand(4, 9, 8) + 0.01, torch.rand(4, 9, 8).argsort(dim=-1)[..., :3]
-    mask = None
+    chosen, mask = choices(indices), None
     if padded:
         mask = torch.rand(4, 9) > 0.4
         mask[2] = False  # a row of padding only
+        chosen = chosen * mask[..., None]
     expected = slow_balance_loss(scores, indices, mask)
-    assert_close(sequence_balance_loss(scores, indices, mask), torch.tensor(expected))
+    assert_close(sequence_balance_loss(scores, chosen, mask), torch.tensor(expected))
 
 
 def test_balance_loss_is_one_at_perfect_balance():
     """Eight tokens, eight experts, three a token, each chosen three times, equal scores."""
     indices = (torch.arange(8)[:, None] + torch.arange(3)) % 8
-    loss = sequence_balance_loss(torch.full((2, 8, 8), 0.3), indices.expand(2, 8, 3))
+    loss = sequence_balance_loss(torch.full((2, 8, 8), 0.3), choices(indices.expand(2, 8, 3)))
     assert_close(loss, torch.tensor(1.0), atol=1e-6)
 
 
@@ -258,7 +274,7 @@ def test_balance_loss_is_highest_at_collapse():
     """All tokens at the same expert, with all of the score: E / P times perfect balance."""
     scores = torch.full((1, 8, 8), 1e-9)
     scores[..., 5] = 1.0
-    loss = sequence_balance_loss(scores, torch.full((1, 8, 1), 5))
+    loss = sequence_balance_loss(scores, choices(torch.full((1, 8, 1), 5)))
     assert_close(loss, torch.tensor(8.0), atol=1e-4)
 
 

@@ -1,0 +1,227 @@
+"""What `make demo` shows: this repository's checkpoint writes in two languages, then learns number problems in about a minute.
+
+    python demo.py [--model FOLDER] [--quick]
+
+The model is loaded by the Auto classes, as anyone would from the Hub; the training is `finetune.sft`'s.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging
+
+from finetune.data import number_problems, render_all
+from finetune.lora import add_lora, describe_adapters
+from finetune.sft import Answer, StepReport, TrainSettings, evaluate, load_model, pad_token, score, train
+
+PROMPTS = {"English": "It was a fine morning, and the old man", "Chinese": "话说那日天色已晚，"}
+LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
+MAX_TOKENS = 128  # of a number problem; the longest has about 40
+
+
+# ---------------------------------------------------------------- what the model is
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that one token uses in plain generation."""
+    config = model.config
+    total = sum(parameter.numel() for parameter in model.parameters())
+    mtp = sum(parameter.numel() for parameter in model.model.layers[config.num_hidden_layers :].parameters())
+    idle = 0
+    if config.n_routed_experts:
+        for layer in model.model.layers[: config.num_hidden_layers]:
+            experts = getattr(layer.mlp, "experts", None)
+            if experts is not None:
+                stacked = sum(parameter.numel() for parameter in experts.parameters())
+                idle += stacked * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
+    return total, total - mtp - idle
+
+
+def cache_numbers(config) -> tuple[int, int]:
+    """Numbers cached for a token by this attention, and by plain multi-head attention with the same heads."""
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    if config.attention_kind == "mla":
+        own = config.kv_lora_rank + config.qk_rope_head_dim
+        return layers * own, layers * heads * (config.qk_head_dim + config.v_head_dim)
+    return layers * 2 * config.num_key_value_heads * config.head_dim, layers * 2 * heads * config.head_dim
+
+
+def describe(console: Console, model: nn.Module) -> None:
+    """Print size, kind and cache of the model."""
+    config = model.config
+    total, active = parameter_counts(model)
+    cached, plain = cache_numbers(config)
+    width = model.dtype.itemsize
+    mlp = "dense MLPs"
+    if config.n_routed_experts:
+        mlp = f"{config.n_routed_experts} routed experts, {config.num_experts_per_tok} a token, {config.n_shared_experts} shared"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("parameters", f"{total / 1e6:.1f} million, {active / 1e6:.1f} million active for a token")
+    table.add_row("layers", f"{config.num_hidden_layers}, and {config.num_nextn_predict_layers} for multi-token prediction")
+    table.add_row("attention", f"{config.attention_kind.upper()}, {config.num_attention_heads} heads")
+    table.add_row("MLP", mlp)
+    table.add_row(
+        "cache",
+        f"{cached * width:,} bytes a token in {str(model.dtype).removeprefix('torch.')}, "
+        f"{plain / cached:.1f} times less than plain multi-head attention",
+    )
+    console.print(table)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class ConsoleStreamer(TextStreamer):
+    """Prints text as its tokens come, and notes when they came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.console = console
+        self.token_times: list[float] = []  # seconds
+
+    def put(self, value):
+        """Called with the prompt, then with each token."""
+        if not self.next_tokens_are_prompt:
+            self.token_times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        """Called with the text that later tokens cannot change."""
+        self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
+
+
+def write(console: Console, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> None:
+    """Stream a sampled continuation, then print speed and what the cache really holds."""
+    console.print(prompt, end="", style="bold", highlight=False, soft_wrap=True)
+    streamer = ConsoleStreamer(tokenizer, console)
+    output = model.generate(
+        **tokenizer(prompt, return_tensors="pt").to(model.device),
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=2,
+        do_sample=True,
+        pad_token_id=pad_token(tokenizer),
+        streamer=streamer,
+        return_dict_in_generate=True,
+    )
+    times, cache = streamer.token_times, output.past_key_values
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    console.print(
+        f"{(len(times) - 1) / (times[-1] - times[0]):.0f} tokens a second, "
+        f"{cache_bytes / cache.get_seq_length():,.0f} bytes of cache a token measured\n",
+        style="dim",
+        highlight=False,
+    )
+
+
+# ---------------------------------------------------------------- learning
+
+
+def show_progress(console: Console, reports: Iterator[StepReport], steps: int) -> None:
+    """Run the training with a live bar; where there is no terminal, with a line each fifth of the way."""
+    columns = (
+        TextColumn("learning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("learning", total=steps, loss=float("nan"))
+        for report in reports:
+            progress.update(bar, completed=report.step, loss=report.loss)
+            if not console.is_terminal and (report.step * 5 // steps > (report.step - 1) * 5 // steps):
+                console.print(f"step {report.step} of {steps}, loss {report.loss:.3f}", highlight=False)
+
+
+def show_scores(console: Console, before: list[Answer], after: list[Answer]) -> None:
+    """Print held-out scores by language, and one question of each with both answers."""
+    table = Table("held-out problems", "exact before", "exact after", "loss before", "loss after")
+    for language, name in LANGUAGE_NAMES.items():
+        old, new = (score([a for a in answers if a.example["language"] == language]) for answers in (before, after))
+        table.add_row(
+            f"{name} ({new.examples})",
+            f"{old.exact_match:.0%}",
+            f"{new.exact_match:.0%}",
+            f"{old.loss:.2f}",
+            f"{new.loss:.2f}",
+        )
+    console.print(table)
+    for language in LANGUAGE_NAMES:
+        old, new = next(pair for pair in zip(before, after, strict=True) if pair[0].example["language"] == language)
+        question, reference = (message["content"] for message in old.example["messages"])
+        console.print(question, style="bold", markup=False, highlight=False)
+        for name, text in (("before", old.text), ("after", new.text), ("correct", reference)):
+            console.print(f"  {name:<8}{text}", markup=False, highlight=False)
+
+
+def learn(
+    console: Console, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings, held_out_examples: int
+) -> None:
+    """Fine-tune with LoRA on number problems and compare answers to problems that were not in training."""
+    examples, held_out = number_problems(settings.steps * settings.batch_size, held_out_examples, settings.seed)
+    rows = render_all(examples, tokenizer, MAX_TOKENS)
+    accelerator = Accelerator()
+    set_seed(settings.seed)
+    model = add_lora(model, rank=16, alpha=32.0)
+    console.print(describe_adapters(model), highlight=False)
+    before = evaluate(accelerator, model, tokenizer, held_out)
+    show_progress(console, train(accelerator, model, rows, pad_token(tokenizer), settings), settings.steps)
+    after = evaluate(accelerator, model, tokenizer, held_out)
+    show_scores(console, before, after)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model", default=str(Path(__file__).parent), help="folder or Hub name of the model (default: this repository)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few tokens and steps, to see that everything runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling, data and adapters (default 0)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    started = time.perf_counter()
+    console = Console()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to each other
+
+    console.rule("The model")
+    try:
+        # float32: on CPUs faster than bfloat16 for matrices as small as these.
+        model, tokenizer = load_model(args.model, dtype="float32")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    describe(console, model)
+    set_seed(args.seed)
+    for language, prompt in PROMPTS.items():
+        console.rule(f"It writes {language}")
+        write(console, model, tokenizer, prompt, max_new_tokens=8 if args.quick else 80)
+    console.rule("It learns number problems in two languages (LoRA)")
+    settings = TrainSettings(steps=5 if args.quick else 400, batch_size=32, learning_rate=3e-3, seed=args.seed)
+    learn(console, model, tokenizer, settings, held_out_examples=24 if args.quick else 240)
+    console.rule(f"{time.perf_counter() - started:.0f} seconds in all")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""Models whose weights lie elsewhere: accelerate's device maps, on the CPU, with weights in memory or on disk."""
+
+import pytest
+import torch
+from checks import assert_close
+from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
+from tiny import MAIN_FAMILIES, make_model, make_tokens
+
+accelerate = pytest.importorskip("accelerate")
+
+
+@pytest.fixture(params=MAIN_FAMILIES)
+def family(request):
+    return request.param
+
+
+@torch.no_grad()
+def run(model) -> list[torch.Tensor]:
+    """A full forward, and one over a cache: prompt, single token (absorbed), long chunk (blockwise)."""
+    tokens = make_tokens(2, 24)
+    logits = [model(tokens, use_cache=False).logits]
+    cache = None
+    for part in (tokens[:, :12], tokens[:, 12:13], tokens[:, 13:]):
+        outputs = model(part, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    return logits
+
+
+def compare(family, model):
+    for actual, expected in zip(run(model), run(make_model(family)), strict=True):
+        assert_close(actual, expected)
+
+
+def test_device_map_of_one_device(family, tmp_path):
+    make_model(family).save_pretrained(tmp_path)
+    compare(family, DeepseekForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
+
+
+def test_device_map_with_disk(family, tmp_path):
+    make_model(family).save_pretrained(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    layers = len(make_model(family).model.layers)
+    device_map |= {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(layers)}
+    model = DeepseekForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert model.model.layers[1].self_attn.o_proj.weight.is_meta
+    compare(family, model)
+
+
+def test_cpu_offload(family):
+    model = make_model(family)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[1].self_attn.o_proj.weight.is_meta
+    compare(family, model)
+
+
+def test_disk_offload(family, tmp_path):
+    model = make_model(family)
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    compare(family, model)
+
+
+def test_generate_offloaded(family, tmp_path):
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    expected = make_model(family).generate(make_tokens(2, 9), **settings)
+    model = make_model(family)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(model.generate(make_tokens(2, 9), **settings), expected)
+
+
+def test_automatic_device_map_keeps_layers_whole(family):
+    model = make_model(family)
+    sizes = accelerate.utils.compute_module_sizes(model)
+    device_map = accelerate.infer_auto_device_map(
+        model, max_memory={"cpu": sizes[""] // 2, "disk": 10**9}, no_split_module_classes=model._no_split_modules
+    )
+    assert {"cpu", "disk"} <= set(device_map.values())
+    assert not [name for name in device_map if name.startswith("model.layers.") and name.count(".") > 2]
