@@ -164,16 +164,17 @@ class DeepseekExperts(nn.Module):
             outputs = [run(expert, hidden_states) * weight for expert, weight in chosen if expert < self.num_experts]
             return torch.stack(outputs).sum(dim=0) if outputs else torch.zeros_like(hidden_states)
 
-        order = top_k_index.flatten().argsort(stable=True)  # [N * P]
+        order = top_k_index.flatten().argsort(stable=True)  # [N * P]; slots of other processes come last
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()[: self.num_experts]
-        inputs = hidden_states[order // top_k]  # [N * P, D]
-        outputs = [
-            run(expert, rows) for expert, rows in enumerate(inputs[: sum(counts)].split(counts)) if counts[expert]
-        ]
-        outputs.append(inputs.new_zeros(len(order) - sum(counts), self.hidden_dim))
-        outputs = torch.cat(outputs) * top_k_weights.flatten()[order, None]  # [N * P, D]
-        in_token_order = outputs[order.argsort()]  # [N * P, D]
-        return in_token_order.view(num_tokens, top_k, self.hidden_dim).sum(dim=1).to(hidden_states.dtype)  # [N, D]
+        order = order[: sum(counts)]
+        token = order // top_k
+        inputs = hidden_states[token].split(counts)  # E of [n, D]
+        weights = top_k_weights.flatten()[order, None].split(counts)  # E of [n, 1]
+        output = torch.zeros_like(hidden_states)
+        for expert, rows_of in enumerate(token.split(counts)):
+            if counts[expert]:
+                output.index_add_(0, rows_of, run(expert, inputs[expert]) * weights[expert])
+        return output
 
 
 class DeepseekMoE(nn.Module):

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pretrain.data import PretrainingData, batch_of, load_held_out
+from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
 from pretrain.evaluate import check_same_tokenizer, evaluate_model
 from pretrain.export import export_checkpoint
 from pretrain.plot import draw_all, read_log
@@ -117,13 +117,24 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        steps: length of the whole run; shortened by `keep_deadline`.
         seconds: wall time of the run so far, over all resumptions.
+        steps_by_deadline: length of the run that `keep_deadline` decided on; None while there is time.
     """
 
-    steps: int
     step: int = 0
     seconds: float = 0.0
+    steps_by_deadline: int | None = None
+
+    def total_steps(self, steps: int) -> int:
+        """Length of the whole run when `steps` were asked for."""
+        return steps if self.steps_by_deadline is None else min(steps, self.steps_by_deadline)
+
+    def keep_deadline(self, steps: int, decay_fraction: float, max_minutes: float) -> None:
+        """Begin the decay once the constant rate has had its share of the time; the decay then takes the rest."""
+        stable_fraction = 1 - decay_fraction
+        has_time = self.seconds < stable_fraction * max_minutes * 60
+        if not has_time and self.steps_by_deadline is None and self.step < stable_fraction * steps:
+            self.steps_by_deadline = max(self.step + 1, math.ceil(self.step / stable_fraction))
 
     def state_dict(self) -> dict:
         """For accelerate's `save_state`."""
@@ -131,8 +142,11 @@ class Progress:
 
     def load_state_dict(self, state: dict) -> None:
         """For accelerate's `load_state`."""
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.steps = min(self.steps, state["steps"]) if state["shortened"] else self.steps
+        self.step, self.seconds, self.steps_by_deadline = (
+            state["step"],
+            state["seconds"],
+            state["steps_by_deadline"],
+        )
 
 
 class IntervalMeans:
@@ -254,7 +268,7 @@ def balance_experts(model: nn.Module, bias_rate: float) -> dict[str, float]:
 
 
 def run_training(args: argparse.Namespace) -> None:
-    """Train, evaluate, checkpoint and export as the command line says.
+    """Build everything, train, and export as the command line says.
 
     Raises:
         ValueError: an option contradicts the data, the model or the run folder; raised before any training.
@@ -267,7 +281,6 @@ def run_training(args: argparse.Namespace) -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     check_arguments(args, accelerator.num_processes)
-    rows_per_process = args.batch_rows // accelerator.num_processes
     data = PretrainingData(args.data, args.row_tokens, args.batch_rows, parse_mix(args.mix), args.seed)
     held_out = load_held_out(args.data, args.row_tokens, args.eval_tokens)
     start_from = prepare_run_folder(args.run, args.resume)
@@ -278,23 +291,42 @@ def run_training(args: argparse.Namespace) -> None:
         parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95), fused=True
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    bare_model = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     if start_from:
         accelerator.load_state(str(start_from))
-    num_parameters = sum(parameter.numel() for parameter in bare_model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     accelerator.print(f"{num_parameters} parameters, precision {precision}, from step {progress.step} to {args.steps}")
 
+    train_to_the_end(args, accelerator, model, optimizer, data, held_out, progress)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish(args, accelerator.unwrap_model(model))
+
+
+def train_to_the_end(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: PretrainingData,
+    held_out: dict[str, HeldOut],
+    progress: Progress,
+) -> None:
+    """The loop over optimizer steps: train, balance, and when due log, evaluate and checkpoint."""
+    bare_model = accelerator.unwrap_model(model)
     is_main = accelerator.is_main_process
     log = JsonLog(args.run / "log.jsonl", progress.step) if is_main else None
-    bar = tqdm(initial=progress.step, total=args.steps, unit="step", disable=not is_main)
-    means, last_report, last_step = IntervalMeans(), time.perf_counter(), progress.step
+    bar = tqdm(initial=progress.step, total=progress.total_steps(args.steps), unit="step", disable=not is_main)
+    step_tokens = args.batch_rows * args.row_tokens
+    micro_rows = args.batch_rows // accelerator.num_processes // args.accumulation_steps
+    means, interval_seconds, interval_steps = IntervalMeans(), 0.0, 0
     model.train()
-    while progress.step < args.steps:
+    while progress.step < progress.total_steps(args.steps):
+        started = time.perf_counter()
         rate = learning_rate(
             progress.step,
-            args.steps,
+            progress.total_steps(args.steps),
             args.learning_rate,
             args.warmup_steps,
             args.decay_fraction,
@@ -304,40 +336,43 @@ def run_training(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = data.batch(progress.step)[accelerator.process_index :: accelerator.num_processes]
-        micro_rows = rows_per_process // args.accumulation_steps
         numbers = train_step(accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
         load = balance_experts(bare_model, args.router_bias_rate)
         means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
         progress.step += 1
+        seconds = shared_seconds(time.perf_counter() - started, accelerator)
+        progress.seconds += seconds
+        interval_seconds, interval_steps = interval_seconds + seconds, interval_steps + 1
+        if args.max_minutes:
+            progress.keep_deadline(args.steps, args.decay_fraction, args.max_minutes)
+        bar.total = progress.total_steps(args.steps)
+        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
         bar.update()
-        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{rate:.1e}")
 
-        ends = progress.step == args.steps
+        ends = progress.step == progress.total_steps(args.steps)
         evaluates = progress.step % args.eval_every == 0 or ends
         saves = progress.step % args.checkpoint_every == 0 or ends
-        tokens = progress.step * args.batch_rows * args.row_tokens
+        place = {"step": progress.step, "tokens": progress.step * step_tokens}
         # Also before a checkpoint: a resumed run starts a new interval there.
-        if progress.step % args.log_every == 0 or evaluates or saves:
-            now = time.perf_counter()
-            record = {"step": progress.step, "tokens": tokens, "learning_rate": rate, **_nest_load(means.pop())}
-            done_tokens = (progress.step - last_step) * args.batch_rows * args.row_tokens
-            record["tokens_per_second"] = round(done_tokens / (now - last_report))
+        if progress.step % args.log_every == 0 or saves:
+            speed = {"tokens_per_second": round(interval_steps * step_tokens / interval_seconds)}
+            record = {**place, "learning_rate": rate, **_nest_load(means.pop()), **speed}
+            interval_seconds, interval_steps = 0.0, 0
             if is_main:
                 log.write(record)
         if evaluates and is_main:
             with accelerator.autocast():
                 bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
             bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
-            record = {"step": progress.step, "tokens": tokens, "bits_per_byte": bits}
-            log.write({**record, "router_bias": router_biases(bare_model)})
+            log.write({**place, "bits_per_byte": bits, "router_bias": router_biases(bare_model)})
         if saves:
             save_checkpoint(accelerator, args.run, progress.step, args.keep_checkpoints)
-        if progress.step % args.log_every == 0 or evaluates or saves:
-            last_report, last_step = time.perf_counter(), progress.step
     bar.close()
-    accelerator.wait_for_everyone()
-    if is_main:
-        finish(args, bare_model)
+
+
+def shared_seconds(seconds: float, accelerator: Accelerator) -> float:
+    """The first process's duration, so that all processes agree when the deadline comes."""
+    return broadcast(torch.tensor(seconds, dtype=torch.float32, device=accelerator.device)).item()
 
 
 def _nest_load(means: dict[str, float]) -> dict:
@@ -380,6 +415,11 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
     for name in ("decay_fraction", "final_fraction"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [0, 1]")
+    if args.max_minutes is not None and (args.max_minutes <= 0 or args.schedule != "wsd"):
+        raise ValueError(
+            f"--max-minutes is {args.max_minutes} with --schedule {args.schedule}; it must be positive, and the schedule "
+            "wsd: only its decay can begin at any time"
+        )
     if args.export_dir:
         if not args.tokenizer:
             raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
@@ -404,6 +444,11 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN/figures)")
     batch = parser.add_argument_group("batch")
     batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")
+    batch.add_argument(
+        "--max-minutes",
+        type=float,
+        help="let the wsd decay begin early, so that training takes about this many minutes (default: no limit)",
+    )
     batch.add_argument("--batch-rows", type=int, default=16, help="rows a step over all processes (default 16)")
     batch.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
     batch.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")

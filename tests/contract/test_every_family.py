@@ -6,7 +6,6 @@ import pytest
 import torch
 from checks import assert_close
 from deepseek_repo import modeling_deepseek
-from deepseek_repo.layers_deepseek import apply_rotary
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from tiny import FAMILIES, MAIN_FAMILIES, MLA_FAMILIES, MOE_FAMILIES, make_model, make_tokens
 from transformers import (
@@ -146,25 +145,28 @@ def test_cheapest_form_is_chosen(family, length, form, monkeypatch):
 
 @pytest.mark.parametrize("family", MLA_FAMILIES)
 @pytest.mark.parametrize("float_mask", [False, True], ids=["bool", "float"])
-def test_three_forms_of_mla(family, float_mask, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_three_forms_of_mla(family, float_mask, dtype, monkeypatch):
+    """One attention module, the same 200 tokens: expanded, absorbed, and in blocks of 128 keys."""
     monkeypatch.setattr(modeling_deepseek, "_BLOCK_BYTES", 1)
-    model = make_model(family, attention="eager")
-    attention, rotary = model.model.layers[1].self_attn, model.model.rotary_emb
-    states = torch.randn(2, 200, model.config.hidden_size)
-    embeddings = rotary(states, torch.arange(200)[None])
-    (q_nope, q_rope), (latent, k_rope) = attention._queries(states), attention._latents(states)
-    q_rope, k_rope = (apply_rotary(x, *embeddings, layout=attention.rope_layout) for x in (q_rope, k_rope))
-    inputs = (q_nope, q_rope, latent, k_rope)
+    model = make_model(family, attention="eager").to(dtype)
+    attention = model.model.layers[0].self_attn
+    states = torch.randn(2, 200, model.config.hidden_size, dtype=dtype)
+    embeddings = model.model.rotary_emb(states, torch.arange(200)[None])
     visible = torch.ones(200, 200, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
-    visible[1, :, :, 5:9] = False
-    visible[1, :, torch.arange(5, 9), torch.arange(5, 9)] = True
-    added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    expected, probs = attention._expanded(*inputs, added)
-    absorbed, absorbed_probs = attention._absorbed(*inputs, added if float_mask else visible)
-    blockwise, _ = attention._blockwise(*inputs, added if float_mask else visible)
-    assert_close(absorbed, expected, "absorbed")
-    assert_close(absorbed_probs, probs, "probabilities")
-    assert_close(blockwise, expected, "blockwise")
+    visible[1, :, :, 5:9] = torch.eye(200, dtype=torch.bool)[:, 5:9]  # hidden from all but themselves
+    added = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    expected, probs = attention(states, embeddings, added)
+    for form, limit in (("_absorbed", 200), ("_blockwise", 199)):
+        attention.max_absorbed_tokens = limit
+        calls = spy(monkeypatch, form)
+        mask, cache = added if float_mask else visible, DynamicCache(config=model.config)
+        actual, actual_probs = attention(states, embeddings, mask, past_key_values=cache, has_past=True)
+        assert calls == [0]
+        tolerance = 1e-6 if dtype == torch.float64 else 1e-4  # blockwise sums in float32 always
+        assert_close(actual, expected, form, atol=tolerance)
+        if form == "_absorbed":
+            assert_close(actual_probs, probs, "probabilities", atol=tolerance)
 
 
 @pytest.mark.parametrize("chunk", [1, ABSORBED_LIMIT + 1])
