@@ -176,7 +176,8 @@ class DeepseekConfig(PreTrainedConfig):
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
-        # MLA: heads are split, the latents are not
+        # MLA: heads are split, the latents are not (the style sums the gradient of the shared rotated key)
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
         "layers.*.self_attn.q_b_proj": "colwise",
         "layers.*.self_attn.kv_b_proj": "colwise",
         "layers.*.mlp.gate_proj": "colwise",

@@ -68,7 +68,9 @@ def describe(console: Console, model: nn.Module) -> None:
         mlp = f"{config.n_routed_experts} routed experts, {config.num_experts_per_tok} a token, {config.n_shared_experts} shared"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{total / 1e6:.1f} million, {active / 1e6:.1f} million active for a token")
-    table.add_row("layers", f"{config.num_hidden_layers}, and {config.num_nextn_predict_layers} for multi-token prediction")
+    table.add_row(
+        "layers", f"{config.num_hidden_layers}, and {config.num_nextn_predict_layers} for multi-token prediction"
+    )
     table.add_row("attention", f"{config.attention_kind.upper()}, {config.num_attention_heads} heads")
     table.add_row("MLP", mlp)
     table.add_row(
@@ -101,7 +103,9 @@ class ConsoleStreamer(TextStreamer):
         self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
 
 
-def write(console: Console, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> None:
+def write(
+    console: Console, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+) -> None:
     """Stream a sampled continuation, then print speed and what the cache really holds."""
     console.print(prompt, end="", style="bold", highlight=False, soft_wrap=True)
     streamer = ConsoleStreamer(tokenizer, console)
@@ -166,7 +170,11 @@ def show_scores(console: Console, before: list[Answer], after: list[Answer]) -> 
 
 
 def learn(
-    console: Console, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings, held_out_examples: int
+    console: Console,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainSettings,
+    held_out_examples: int,
 ) -> None:
     """Fine-tune with LoRA on number problems and compare answers to problems that were not in training."""
     examples, held_out = number_problems(settings.steps * settings.batch_size, held_out_examples, settings.seed)
@@ -188,7 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--model", default=str(Path(__file__).parent), help="folder or Hub name of the model (default: this repository)"
+        "--model",
+        default=str(Path(__file__).parent),
+        help="folder or Hub name of the model (default: this repository)",
     )
     parser.add_argument("--quick", action="store_true", help="a few tokens and steps, to see that everything runs")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling, data and adapters (default 0)")

@@ -477,7 +477,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": DeepseekDecoderLayer,
-        "attentions": [DeepseekMLA, DeepseekAttention],
+        "attentions": OutputRecorder(target_class=None, index=1, class_name="self_attn"),
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
 from .layers_deepseek import DeepseekMLP
@@ -150,6 +150,8 @@ class DeepseekExperts(nn.Module):
         Returns:
             [N, D], the weighted sum over each token's experts.
         """
+        if torch.compiler.is_compiling():  # the loop below depends on the data, which cannot be one graph
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         num_tokens, top_k = top_k_index.shape
         # Once, not at each use: under LoRA each access to a parameter builds base + update for all experts, and in
         # training each indexing makes a gradient as large as all experts.

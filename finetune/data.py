@@ -172,7 +172,9 @@ def read_examples(path: Path) -> list[dict]:
                     raise ValueError(f"{path}, line {number}: {error}") from error
                 examples.append(example)
     if not examples:
-        raise ValueError(f'{path} has no examples; each line is {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+        raise ValueError(
+            f'{path} has no examples; each line is {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+        )
     return examples
 
 
@@ -256,7 +258,9 @@ def render_all(
     kept = [row for row in rendered if len(row["input_ids"]) <= max_tokens]
     if not kept:
         shortest = min((len(row["input_ids"]) for row in rendered), default=0)
-        raise ValueError(f"no example has at most {max_tokens} tokens (the shortest has {shortest}); raise --max-tokens")
+        raise ValueError(
+            f"no example has at most {max_tokens} tokens (the shortest has {shortest}); raise --max-tokens"
+        )
     return kept
 
 

@@ -68,7 +68,9 @@ def lora_config(
         raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
     if dropout and "routed" in groups:
         # The experts' update is added to their weights, so there is no input of the adapter to drop.
-        raise ValueError(f"dropout is {dropout}, but the routed experts' adapters have none; set it to 0 or leave out 'routed'")
+        raise ValueError(
+            f"dropout is {dropout}, but the routed experts' adapters have none; set it to 0 or leave out 'routed'"
+        )
     module_patterns = [_MODULES[group] for group in groups if group in _MODULES]
     parameters = _names(model, ["routed"], include_mtp) if "routed" in groups else []
     return LoraConfig(
@@ -77,7 +79,9 @@ def lora_config(
         lora_alpha=alpha,
         lora_dropout=dropout,
         # A pattern, not a list of names: suffixes such as "gate_proj" would hit dense and shared MLPs alike.
-        target_modules=_layer_pattern(model, include_mtp) + f"(?:{'|'.join(module_patterns)})" if module_patterns else [],
+        target_modules=_layer_pattern(model, include_mtp) + f"(?:{'|'.join(module_patterns)})"
+        if module_patterns
+        else [],
         # Each with its layer's number, so that the multi-token-prediction modules stay out.
         target_parameters=[name[name.index("layers.") :] for name in parameters] or None,
     )
@@ -103,7 +107,9 @@ def add_lora(
     peft_model = get_peft_model(model, config)
     found = {row.group: row.adapted for row in adapted_groups(peft_model)}
     if found != expected:
-        raise ValueError(f"PEFT adapted {found}, but the targets {list(targets)} mean {expected}; try another PEFT version")
+        raise ValueError(
+            f"PEFT adapted {found}, but the targets {list(targets)} mean {expected}; try another PEFT version"
+        )
     return peft_model
 
 
@@ -121,7 +127,9 @@ def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
         group = _group_of_adapter(owner)
         adapted.setdefault(group, set()).add(owner)
         trainable[group] = trainable.get(group, 0) + parameter.numel()
-    return [AdaptedGroup(group, len(adapted[group]), trainable[group]) for group in (*GROUPS, "other") if group in adapted]
+    return [
+        AdaptedGroup(group, len(adapted[group]), trainable[group]) for group in (*GROUPS, "other") if group in adapted
+    ]
 
 
 def describe_adapters(peft_model: nn.Module) -> str:

@@ -228,7 +228,9 @@ def _answer_batch(model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples
     batch = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_token(tokenizer)).items()}
     labels = batch.pop("labels")[:, 1:]  # [B, S - 1]
     logits = model(**batch, use_cache=False).logits[:, :-1].float()  # [B, S - 1, V]
-    nlls = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none").sum(dim=1)  # [B]
+    nlls = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none").sum(
+        dim=1
+    )  # [B]
     num_targets = (labels != IGNORED_LABEL).sum(dim=1)  # [B]
 
     references = [example["messages"][-1]["content"].strip() for example in examples]
@@ -310,9 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--model", required=True, help="folder or Hub name of the model")
     files.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl files of chat examples")
     files.add_argument("--held-out", type=Path, help=".jsonl file to score with (default: a part of --data)")
-    files.add_argument(
-        "--held-out-fraction", type=float, default=0.1, help="that part, between 0 and 1 (default 0.1)"
-    )
+    files.add_argument("--held-out-fraction", type=float, default=0.1, help="that part, between 0 and 1 (default 0.1)")
     files.add_argument("--output", type=Path, required=True, help="folder for the adapter; must not exist")
 
     adapter = parser.add_argument_group("adapter")

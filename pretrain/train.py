@@ -1,6 +1,6 @@
 """Pretrains a model of this repository from random weights on packed token shards.
 
-    python -m pretrain.train --model . --data runs/data --run runs/base --steps 3000 \\
+    python -m pretrain.train --model . --data runs/data --run-dir runs/base --steps 3000 \\
         --tokenizer runs/tokenizer --export-dir . --figures-dir docs/images
 
 Continue a stopped run by the same command with `--resume`: data order, optimizer, schedule and random state go on as if
@@ -11,7 +11,7 @@ Recipe: AdamW with weight decay on matrices only; warm-up, constant rate, decay 
 auxiliary-loss-free load balancing (arXiv:2412.19437, section 2.1.2), the model's `update_router_bias` after each step; the
 multi-token-prediction loss is part of the model's own `loss`.
 
-Written to `--run`: `log.jsonl` (one JSON object a line), `checkpoint-NNNNNNNN/` (each complete or absent), figures.
+Written to `--run-dir`: `log.jsonl` (one JSON object a line), `checkpoint-NNNNNNNN/` (each complete or absent), figures.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def prepare_run_folder(run: Path, resume: bool) -> Path | None:
     if resume and not checkpoints:
         raise ValueError(f"--resume, but {run} holds no checkpoint; drop --resume to start a new run")
     if checkpoints and not resume:
-        raise ValueError(f"--run {run} already holds {checkpoints[-1].name}; pass --resume or name another folder")
+        raise ValueError(f"--run-dir {run} already holds {checkpoints[-1].name}; pass --resume or name another folder")
     run.mkdir(parents=True, exist_ok=True)
     return checkpoints[-1] if resume else None
 
@@ -283,10 +283,12 @@ def run_training(args: argparse.Namespace) -> None:
     check_arguments(args, accelerator.num_processes)
     data = PretrainingData(args.data, args.row_tokens, args.batch_rows, parse_mix(args.mix), args.seed)
     held_out = load_held_out(args.data, args.row_tokens, args.eval_tokens)
-    start_from = prepare_run_folder(args.run, args.resume)
+    start_from = prepare_run_folder(args.run_dir, args.resume)
 
     set_seed(args.seed)
     model = build_model(args.model, data.index["vocab_size"])
+    if precision == "bf16":
+        model.set_experts_implementation("grouped_mm")  # autocast then casts all experts at once, not one by one
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95), fused=True
     )
@@ -316,7 +318,7 @@ def train_to_the_end(
     """The loop over optimizer steps: train, balance, and when due log, evaluate and checkpoint."""
     bare_model = accelerator.unwrap_model(model)
     is_main = accelerator.is_main_process
-    log = JsonLog(args.run / "log.jsonl", progress.step) if is_main else None
+    log = JsonLog(args.run_dir / "log.jsonl", progress.step) if is_main else None
     bar = tqdm(initial=progress.step, total=progress.total_steps(args.steps), unit="step", disable=not is_main)
     step_tokens = args.batch_rows * args.row_tokens
     micro_rows = args.batch_rows // accelerator.num_processes // args.accumulation_steps
@@ -366,7 +368,7 @@ def train_to_the_end(
             bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
             log.write({**place, "bits_per_byte": bits, "router_bias": router_biases(bare_model)})
         if saves:
-            save_checkpoint(accelerator, args.run, progress.step, args.keep_checkpoints)
+            save_checkpoint(accelerator, args.run_dir, progress.step, args.keep_checkpoints)
     bar.close()
 
 
@@ -382,7 +384,7 @@ def _nest_load(means: dict[str, float]) -> dict:
 
 def finish(args: argparse.Namespace, model: PreTrainedModel) -> None:
     """Draw the figures and, if asked, export the model."""
-    draw_all(read_log(args.run / "log.jsonl"), args.figures_dir or args.run / "figures")
+    draw_all(read_log(args.run_dir / "log.jsonl"), args.figures_dir or args.run_dir / "figures")
     if args.export_dir:
         export_checkpoint(model, args.model, args.tokenizer, args.export_dir)
         print(f"exported to {args.export_dir}")
@@ -437,11 +439,11 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, help="folder with config.json and the model's code")
     files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
-    files.add_argument("--run", type=Path, required=True, help="folder for log and checkpoints")
-    files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run")
+    files.add_argument("--run-dir", type=Path, required=True, help="folder for log and checkpoints")
+    files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
     files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; needed for --export-dir")
     files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
-    files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN/figures)")
+    files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN_DIR/figures)")
     batch = parser.add_argument_group("batch")
     batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")
     batch.add_argument(

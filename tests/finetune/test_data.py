@@ -156,7 +156,9 @@ def test_labels_are_the_assistants_words_and_end_tokens(tokenizer):
     row = data.render({"messages": [{"role": role, "content": text} for role, text in turns]}, tokenizer)
     targets = [label for label in row["labels"] if label != data.IGNORED_LABEL]
     assert tokenizer.decode(targets) == f"7{tokenizer.eos_token}七{tokenizer.eos_token}"
-    assert all(label in (token, data.IGNORED_LABEL) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    assert all(
+        label in (token, data.IGNORED_LABEL) for token, label in zip(row["input_ids"], row["labels"], strict=True)
+    )
     assert row["input_ids"].count(tokenizer.bos_token_id) == 1
 
 

@@ -1,0 +1,253 @@
+"""Pretraining: packing, bits per byte, exact resumption, the exported checkpoint."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pretrain import evaluate, train
+from pretrain.data import IGNORED_LABEL, HeldOut, PretrainingData, batch_of, build_dataset, load_held_out, row_quotas
+from tokenization.documents import is_held_out
+from tokenization.train_bpe import save_tokenizer, train_tokenizer
+
+VOCAB_SIZE = 320
+TEXTS = {
+    "en": [f"Number {i} is followed by number {i + 1}, and so on until {i + 9}.\n" * 3 for i in range(60)],
+    "zh": [f"数字{i}之后是数字{i + 1}，一直到{i + 9}为止。\n" * 3 for i in range(60)],
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with a tokenizer and a dataset of both languages in small shards."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    documents = [text for texts in TEXTS.values() for text in texts]
+    save_tokenizer(train_tokenizer(documents, VOCAB_SIZE, show_progress=False), folder / "tokenizer", 256)
+    files = {}
+    for language, texts in TEXTS.items():
+        files[language] = [folder / f"{language}.jsonl"]
+        files[language][0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    build_dataset(files, folder / "tokenizer", folder / "data", 0.2, min_held_out_bytes=1, shard_tokens=1000)
+    return folder
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_train_and_held_out_tokens_are_the_documents(workspace):
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    index = json.loads((workspace / "data" / "index.json").read_text())
+    for language, texts in TEXTS.items():
+        held_out = load_held_out(workspace / "data", window_tokens=16)[language]
+        expected = [text for text in texts if is_held_out(text, 0.2)]
+        tokens = [token for text in expected for token in [*tokenizer(text)["input_ids"], 1]]
+        stream = torch.cat((held_out.windows[:1, 0], held_out.windows[:, 1:].flatten()))
+        assert stream[: len(tokens)].tolist() == tokens
+        assert held_out.num_targets == len(tokens) - 1
+        assert held_out.num_bytes == sum(len(text.encode()) for text in expected)
+        entry = index["languages"][language]
+        assert entry["train"]["documents"] + len(expected) == len(texts)
+        assert len(entry["train"]["shards"]) > 1
+
+
+def test_packed_positions_equal_separate_documents():
+    first, second = [0, 5, 6, 1], [0, 7, 8, 9, 1]
+    batch = batch_of(torch.tensor([first + second]), bos_token_id=0)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[IGNORED_LABEL, 5, 6, 1, IGNORED_LABEL, 7, 8, 9, 1]]
+
+
+def test_row_without_bos_starts_at_position_0():
+    batch = batch_of(torch.tensor([[5, 6, 0, 7]]), bos_token_id=0)
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]
+
+
+def test_packed_documents_do_not_see_each_other(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("v3"), trust_remote_code=True).eval()
+    documents = [[0, 5, 6, 7, 1], [0, 8, 9, 1]]
+    packed = batch_of(torch.tensor([documents[0] + documents[1]]), bos_token_id=0)
+    logits = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits[0]
+    alone = torch.cat([model(input_ids=torch.tensor([document])).logits[0] for document in documents])
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_an_epoch_holds_every_row_once(workspace):
+    data = PretrainingData(workspace / "data", row_tokens=32, batch_rows=4, mix={"en": 1.0}, seed=3)
+    epoch = [tuple(data._row("en", number).tolist()) for number in range(len(data.rows["en"]))]
+    expected = [tuple(data.rows["en"][row].tolist()) for row in range(len(data.rows["en"]))]
+    assert sorted(epoch) == sorted(expected)
+    assert epoch != expected
+
+
+def test_batches_depend_on_the_step_alone_and_keep_the_mix(workspace):
+    make = lambda: PretrainingData(workspace / "data", 32, 8, {"en": 3, "zh": 1}, seed=1)  # noqa: E731
+    data = make()
+    assert data.quotas == {"en": 6, "zh": 2}
+    batches = [data.batch(step) for step in range(40)]  # several epochs
+    assert batches[0].shape == (8, 32)
+    assert torch.equal(make().batch(33), batches[33])
+
+
+def test_quotas_fill_the_batch():
+    assert row_quotas({"en": 0.5, "zh": 0.5}, 7) == {"en": 4, "zh": 3}
+    assert row_quotas({"en": 1, "zh": 0}, 5) == {"en": 5, "zh": 0}
+
+
+def test_failed_build_leaves_nothing(workspace, tmp_path):
+    with pytest.raises(ValueError, match=r"'en' has \d+ held-out bytes.*raise --held-out-fraction"):
+        build_dataset({"en": [workspace / "en.jsonl"]}, workspace / "tokenizer", tmp_path / "data", 0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_language_in_the_mix_is_refused(workspace):
+    with pytest.raises(ValueError, match=r"weights for some of en, zh"):
+        PretrainingData(workspace / "data", 32, 4, {"fr": 1.0})
+
+
+# ---------------------------------------------------------------- bits per byte
+
+
+class Uniform(torch.nn.Module):
+    """Gives every token of the vocabulary the same probability."""
+
+    def forward(self, input_ids, **kwargs):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCAB_SIZE))
+
+
+@pytest.mark.parametrize("window_tokens", [7, 64])
+def test_bits_per_byte_of_a_uniform_model(workspace, window_tokens):
+    for held_out in load_held_out(workspace / "data", window_tokens).values():
+        num_documents = int((held_out.windows[:, 1:] == 0).sum()) + 1
+        expected = (held_out.num_targets - (num_documents - 1)) * math.log2(VOCAB_SIZE) / held_out.num_bytes
+        result = evaluate.evaluate_model(Uniform(), {"en": held_out}, 0, 3, torch.device("cpu"))
+        assert result["en"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_filling_and_bos_are_not_counted():
+    held_out = HeldOut(torch.tensor([[0, 5, 1, 0], [0, 6, 1, 1]]), num_targets=5, num_bytes=2)
+    nll = evaluate.held_out_nll(Uniform(), held_out, bos_token_id=0, batch_rows=1, device=torch.device("cpu"))
+    assert nll == pytest.approx(4 * math.log(VOCAB_SIZE), rel=1e-5)  # 5, eos, 6, eos
+    assert evaluate.bits_per_byte(4 * math.log(2), 2) == 2.0
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_schedules():
+    wsd = [train.learning_rate(step, 100, 1.0, 10, 0.2, 0.1, "wsd") for step in range(100)]
+    assert wsd[0] == pytest.approx(0.1)
+    assert wsd[9:81] == [1.0] * 72
+    assert wsd[99] == pytest.approx(1 - 0.9 * 19 / 20)
+    cosine = [train.learning_rate(step, 100, 1.0, 10, 0.2, 0.1, "cosine") for step in range(10, 100)]
+    assert cosine[0] == 1.0
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_deadline_starts_the_decay_once():
+    progress = train.Progress(step=80, seconds=47.9)
+    progress.keep_deadline(1000, decay_fraction=0.2, max_minutes=1)
+    assert progress.total_steps(1000) == 1000
+    progress.seconds = 48.0
+    progress.keep_deadline(1000, decay_fraction=0.2, max_minutes=1)
+    assert progress.total_steps(1000) == 100
+    progress.step, progress.seconds = 90, 500.0
+    progress.keep_deadline(1000, decay_fraction=0.2, max_minutes=1)
+    assert progress.total_steps(1000) == 100
+
+
+def test_only_matrices_are_decayed(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("v3"), trust_remote_code=True)
+    decayed, plain = train.parameter_groups(model, 0.1)
+    assert {parameter.ndim for parameter in plain["params"]} == {1}
+    assert min(parameter.ndim for parameter in decayed["params"]) == 2
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def _train(workspace, model_dir, run_dir, *more):
+    arguments = {
+        "--model": model_dir,
+        "--data": workspace / "data",
+        "--run-dir": run_dir,
+        "--tokenizer": workspace / "tokenizer",
+        "--batch-rows": 4,
+        "--row-tokens": 32,
+        "--accumulation-steps": 2,
+        "--precision": "fp32",
+        "--warmup-steps": 2,
+        "--log-every": 1,
+        "--eval-every": 3,
+        "--checkpoint-every": 2,
+        "--learning-rate": 5e-3,
+    }
+    flat = [str(part) for pair in arguments.items() for part in pair]
+    return train.main([*flat, *map(str, more)])
+
+
+def _records(run_dir):
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def test_resumed_run_equals_uninterrupted_run(workspace, checkpoint, tmp_path, monkeypatch):
+    model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert _train(workspace, model_dir, whole, "--steps", 6, "--export-dir", tmp_path / "export") == 0
+    reference = _records(whole)
+    losses = [record["loss"] for record in reference if "loss" in record]
+    assert losses[-1] < losses[0]
+    assert all(record["expert_load"] for record in reference if "loss" in record)
+
+    real_step, calls = train.train_step, []
+
+    def dies_in_the_fourth_step(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", dies_in_the_fourth_step)
+        with pytest.raises(KeyboardInterrupt):
+            _train(workspace, model_dir, stopped, "--steps", 6)
+    assert [path.name for path in train.checkpoints_in(stopped)] == ["checkpoint-00000002"]
+    assert _train(workspace, model_dir, stopped, "--steps", 6, "--resume") == 0
+    assert _records(stopped) == reference
+
+    _check_export(tmp_path / "export", model_dir)
+    assert evaluate.main([str(tmp_path / "export"), "--data", str(workspace / "data"), "--context-tokens", "32"]) == 0
+
+
+def _check_export(export_dir, model_dir):
+    names = {path.name for path in export_dir.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"} <= names
+    assert not [name for name in names if name.startswith(".export")]
+    assert AutoConfig.from_pretrained(export_dir, trust_remote_code=True).vocab_size == VOCAB_SIZE
+    assert (export_dir / "config.json").read_bytes() == (model_dir / "config.json").read_bytes()
+    model, report = AutoModelForCausalLM.from_pretrained(export_dir, trust_remote_code=True, output_loading_info=True)
+    assert not any(report.values())
+    assert (model.generation_config.bos_token_id, model.generation_config.pad_token_id) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch-rows", "3"], "--batch-rows 3 must be a multiple of processes (1) times --accumulation-steps (2)"),
+        (["--resume"], "drop --resume to start a new run"),
+        (["--max-minutes", "5", "--schedule", "cosine"], "only its decay can begin at any time"),
+        (["--mix", "en"], "write LANGUAGE=WEIGHT,LANGUAGE=WEIGHT"),
+        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_stop_before_training(workspace, tmp_path, capsys, more, message):
+    assert _train(workspace, tmp_path, tmp_path / "run", "--steps", 6, *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_small_vocabulary_is_refused(workspace, checkpoint):
+    with pytest.raises(ValueError, match=r"vocab_size is 128 .* set vocab_size to at least 320"):
+        train.build_model(checkpoint("v3"), VOCAB_SIZE)
