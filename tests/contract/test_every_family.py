@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from checks import assert_close
+from checks import assert_close, assert_gradients_close, gradients
 from deepseek_repo import modeling_deepseek
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from tiny import FAMILIES, MAIN_FAMILIES, MLA_FAMILIES, MOE_FAMILIES, make_model, make_tokens
@@ -25,7 +25,7 @@ def family(request):
 
 @pytest.fixture(autouse=True)
 def _no_grad(request):
-    with torch.set_grad_enabled("trains" in request.function.__name__):
+    with torch.set_grad_enabled("train" in request.function.__name__):
         yield
 
 
@@ -213,6 +213,23 @@ def test_crop_and_go_on(family):
         assert_close(model(other, past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("chunk", [1, ABSORBED_LIMIT, ABSORBED_LIMIT + 1])
+def test_training_through_a_cached_past(family, chunk):
+    """Gradients of the last tokens' loss, also those that reach the past through the cache."""
+    tokens, results = make_tokens(2, 10 + chunk), []
+    for cached in (False, True):
+        model = make_model(family)
+        if cached:
+            cache = model(tokens[:, :10], use_cache=True).past_key_values
+            logits = model(tokens[:, 10:], past_key_values=cache).logits
+        else:
+            logits = model(tokens, use_cache=False).logits[:, 10:]
+        logits.square().mean().backward()
+        results.append((logits, gradients(model)))
+    assert_close(results[1][0], results[0][0])
+    assert_gradients_close(results[1][1], results[0][1])
+
+
 def test_copied_cache_is_independent(family):
     """A prompt's cache, copied for each of its continuations."""
     model, prompt = make_model(family), make_tokens(1, 10)
@@ -237,6 +254,34 @@ def test_cached_numbers_for_each_token(family):
     assert len(cache.layers) == config.num_hidden_layers
     for layer in cache.layers:
         assert (layer.keys.numel() + layer.values.numel()) == 2 * 11 * expected
+
+
+@pytest.mark.parametrize("family", MLA_FAMILIES)
+def test_kv_b_proj_of_another_class(family):
+    """With LoRA or quantised weights the absorbed form cannot read the matrix; it asks the module."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.scale = linear, 1.5
+
+        def forward(self, x):
+            return self.scale * self.linear(x)
+
+    model, tokens = make_model(family), make_tokens(2, 14)
+    before = model(tokens, use_cache=False).logits
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj = Scaled(layer.self_attn.kv_b_proj)
+    static = StaticCache(config=model.config, max_cache_len=16)
+    for scale in (1.5, 0.5):  # the module may change between two texts, as in training
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj.scale = scale
+        expected = model(tokens, use_cache=False).logits
+        assert (expected - before).abs().max() > 0.01
+        static.reset()
+        for cache in (DynamicCache(config=model.config), static):
+            parts = [model(part, past_key_values=cache).logits for part in tokens.split([9, 1, 4], dim=1)]
+            assert_close(torch.cat(parts, dim=1), expected)
 
 
 # Rows
