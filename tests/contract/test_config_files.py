@@ -57,10 +57,11 @@ def test_saving_twice_changes_nothing(path, tmp_path):
     assert (second / "config.json").read_text() == (first / "config.json").read_text()
 
 
+@pytest.mark.parametrize(
+    "path", [path for name, path in FILES.items() if name != "deepseek_moe_16b"], ids=lambda path: path.stem
+)
 def test_native_class_reads_what_we_save(path, tmp_path):
     published = json.loads(path.read_text())
-    if published["model_type"] not in NATIVE:
-        pytest.skip("transformers has no class of its own for this model")
     original = NATIVE[published["model_type"]].from_pretrained(tmp_path_with(tmp_path / "original", path))
     load(path, tmp_path).save_pretrained(tmp_path / "saved")
     through_us = NATIVE[published["model_type"]].from_pretrained(tmp_path / "saved").to_dict()

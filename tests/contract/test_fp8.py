@@ -109,17 +109,18 @@ def test_unknown_block_size_is_an_error(fp8_checkpoint):
 
 @pytest.mark.slow
 def test_no_second_copy_in_memory(fp8_checkpoint):
-    """Loading a model of about 400 MB in float32 adds less than 1.6 times its size at the peak (Linux)."""
-    folder, meaning = fp8_checkpoint(
-        vocab_size=1024, intermediate_size=8192, n_routed_experts=64, moe_intermediate_size=1024, num_hidden_layers=4
-    )
+    """Loading 12 layers, 400 MB in float32, adds less than 1.75 times their size at the peak (Linux; measured: 1.5)."""
+    folder, meaning = fp8_checkpoint(n_routed_experts=64, moe_intermediate_size=256, num_hidden_layers=12)
     size = sum(tensor.numel() * 4 for tensor in meaning.values())
-    assert size > 3e8
+    assert size > 3.5e8
     printed = run_python(
         f"""
 import torch
 from pathlib import Path
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=True)
+with torch.device("meta"):
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True)  # so that imports do not count
 def kib(field):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
 Path("/proc/self/clear_refs").write_text("5")
@@ -139,4 +140,4 @@ watcher.join()
 print((peak - before) * 1024)
 """
     )
-    assert int(printed.split()[-1]) < 1.6 * size, f"peak {int(printed.split()[-1]) / size:.2f} times the model"
+    assert int(printed.split()[-1]) < 1.75 * size, f"peak {int(printed.split()[-1]) / size:.2f} times the model"

@@ -1,12 +1,13 @@
 """The same checkpoint folder, read by us and by transformers' own classes: logits, gradients, both directions."""
 
+import itertools
+
 import pytest
 import torch
 from checks import assert_close, assert_gradients_close, gradients
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from tiny import make_model, make_tokens
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM
-from transformers.models.deepseek_v2 import modeling_deepseek_v2
 
 NATIVE = {
     "llama": LlamaForCausalLM,
@@ -15,19 +16,11 @@ NATIVE = {
     "v3": DeepseekV3ForCausalLM,
     "v3_mtp0": DeepseekV3ForCausalLM,
 }
-# transformers < 5.15: native V2 has no YaRN factor on the softmax scale, and its grouped router raises AttributeError.
-V2_IS_COMPLETE = hasattr(modeling_deepseek_v2, "DeepseekV2TopkRouter")
 
 
 @pytest.fixture(params=NATIVE)
 def family(request):
-    if request.param == "v2" and not V2_IS_COMPLETE:
-        pytest.skip("this transformers' own DeepseekV2 fails on grouped routing")
     return request.param
-
-
-def overrides(family: str) -> dict:
-    return {"rope_scaling": None} if family == "v2_lite" and not V2_IS_COMPLETE else {}
 
 
 def load(model_class, folder, **kwargs):
@@ -40,7 +33,7 @@ def load(model_class, folder, **kwargs):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_native_reads_what_we_save(family, attention, tmp_path):
-    ours = make_model(family, attention=attention, **overrides(family))
+    ours = make_model(family, attention=attention)
     ours.save_pretrained(tmp_path)
     native = load(NATIVE[family], tmp_path, attn_implementation=attention)
     tokens = make_tokens(2, 40)
@@ -48,7 +41,7 @@ def test_native_reads_what_we_save(family, attention, tmp_path):
 
 
 def test_we_read_what_native_saves(family, tmp_path):
-    make_model(family, **overrides(family)).save_pretrained(tmp_path / "ours")
+    make_model(family).save_pretrained(tmp_path / "ours")
     native = load(NATIVE[family], tmp_path / "ours")
     native.save_pretrained(tmp_path / "native")
     ours = load(DeepseekForCausalLM, tmp_path / "native")
@@ -57,7 +50,7 @@ def test_we_read_what_native_saves(family, tmp_path):
 
 
 def test_positions_beyond_the_original_context(family, tmp_path):
-    ours = make_model(family, **overrides(family))
+    ours = make_model(family)
     ours.save_pretrained(tmp_path)
     native = load(NATIVE[family], tmp_path)
     tokens = make_tokens(1, 12)
@@ -72,7 +65,7 @@ def test_positions_beyond_the_original_context(family, tmp_path):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padded_rows(family, padding, tmp_path):
-    ours = make_model(family, **overrides(family))
+    ours = make_model(family)
     ours.save_pretrained(tmp_path)
     native = load(NATIVE[family], tmp_path)
     tokens, mask = make_tokens(2, 16), torch.ones(2, 16, dtype=torch.long)
@@ -82,12 +75,13 @@ def test_padded_rows(family, padding, tmp_path):
     assert_close(actual[mask.bool()], expected[mask.bool()], "logits of real tokens")
 
 
-@pytest.mark.parametrize("family", ["llama", "v2_lite", "v2", "v3_mtp0"], indirect=True)
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [("llama", "eager"), *itertools.product(["v2_lite", "v2", "v3_mtp0"], ["eager", "grouped_mm", "batched_mm"])],
+    indirect=["family"],
+)
 def test_gradients(family, experts, tmp_path):
-    if experts != "eager" and family == "llama":
-        pytest.skip("no experts")
-    ours = make_model(family, aux_loss_alpha=0.0, attention="eager", **overrides(family))
+    ours = make_model(family, aux_loss_alpha=0.0, attention="eager")
     ours.save_pretrained(tmp_path)
     ours.set_experts_implementation(experts)
     native = load(NATIVE[family], tmp_path, attn_implementation="eager")
@@ -104,7 +98,7 @@ def test_gradients(family, experts, tmp_path):
 
 def test_cached_decode_equals_native(family, tmp_path):
     """A long prompt and single tokens after it: our absorbed form against native's expansion of the whole cache."""
-    ours = make_model(family, **overrides(family))
+    ours = make_model(family)
     ours.save_pretrained(tmp_path)
     native = load(NATIVE[family], tmp_path)
     tokens = make_tokens(2, 24)
