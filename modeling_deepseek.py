@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -340,7 +339,8 @@ class DeepseekMLA(nn.Module):
         """
         if type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta:
             weight = self.kv_b_proj.weight
-            return weight.to_local() if isinstance(weight, DTensor) else weight  # tensor parallel: this process's heads
+            # tensor parallel: this process's heads
+            return weight.to_local() if hasattr(weight, "to_local") else weight
         weight = getattr(cache_layer, "kv_b_weight", None)
         if weight is None or torch.is_grad_enabled():
             identity = torch.eye(self.kv_lora_rank, dtype=latent.dtype, device=latent.device)

@@ -13,6 +13,7 @@ Shapes: B examples, S tokens of the longest one.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -42,7 +43,25 @@ class Problem:
     answer: str
 
 
+# Every number in a question is a digit of its own: tokenizers merge some longer numbers into one token and not others,
+# and a small model would have to learn each of those by heart.
 WORDINGS = {
+    "largest": {
+        "en": ("Which is largest: {0}?", "Find the largest number: {0}."),
+        "zh": ("哪个最大：{0}？", "找出最大的数：{0}。"),
+    },
+    "smallest": {
+        "en": ("Which is smallest: {0}?", "Find the smallest number: {0}."),
+        "zh": ("哪个最小：{0}？", "找出最小的数：{0}。"),
+    },
+    "last": {
+        "en": ("Which is last: {0}?", "Name the last number: {0}."),
+        "zh": ("哪个在最后：{0}？", "说出最后一个数：{0}。"),
+    },
+    "count": {
+        "en": ("How many marks are there? {0}", "Count the marks: {0}"),
+        "zh": ("一共有几个符号？{0}", "请数一数符号：{0}"),
+    },
     "add": {
         "en": ("What is {0} plus {1}?", "{0} + {1} = ?", "Add {0} and {1}."),
         "zh": ("{0}加{1}等于多少？", "{0} + {1} 等于几？", "请计算{0}加{1}。"),
@@ -51,46 +70,33 @@ WORDINGS = {
         "en": ("What is {0} minus {1}?", "{0} - {1} = ?", "Take {1} away from {0}."),
         "zh": ("{0}减{1}等于多少？", "{0} - {1} 等于几？", "请计算{0}减{1}。"),
     },
-    "larger": {
-        "en": ("Which is larger, {0} or {1}?", "Name the larger number: {0} or {1}."),
-        "zh": ("{0}和{1}哪个大？", "写出较大的数：{0}，{1}。"),
-    },
-    "smaller": {
-        "en": ("Which is smaller, {0} or {1}?", "Name the smaller number: {0} or {1}."),
-        "zh": ("{0}和{1}哪个小？", "写出较小的数：{0}，{1}。"),
-    },
-    "last_digit": {
-        "en": ("What is the last digit of {0}?", "Which digit does {0} end in?"),
-        "zh": ("{0}的个位是几？", "{0}的最后一位数字是几？"),
-    },
-    "count": {
-        "en": ("How many marks are there? {0}", "Count the marks: {0}"),
-        "zh": ("一共有几个符号？{0}", "请数一数符号：{0}"),
-    },
 }
+KINDS = tuple(WORDINGS)
+_LIST_KINDS = ("largest", "smallest", "last")  # asked about a list of digits
+_UNORDERED = ("largest", "smallest", "add")  # the same problem in any order
+_SEPARATORS = {"en": ", ", "zh": "、"}
 _MARKS = "*#+=@&%~"
-_SWAPPABLE = ("add", "larger", "smaller")  # asking with the values swapped is the same problem
 
 
 def all_problems() -> dict[str, list[Problem]]:
-    """Every problem of every kind, in a fixed order; values that may be swapped stand in ascending order."""
-    pairs = [(a, b) for a in range(1, 10) for b in range(1, 10)]
-    numbers = range(10, 100)
-    problems = [Problem("add", (a, b), str(a + b)) for a, b in pairs if a <= b]
-    problems += [Problem("subtract", (a, b), str(a - b)) for a, b in pairs if a >= b]
-    for a in numbers:
-        problems += [Problem("larger", (a, b), str(b)) for b in range(a + 1, 100)]
-        problems += [Problem("smaller", (a, b), str(a)) for b in range(a + 1, 100)]
-    problems += [Problem("last_digit", (n,), str(n % 10)) for n in range(10, 1000)]
-    problems += [Problem("count", (" ".join(mark * n),), str(n)) for mark in _MARKS for n in range(1, 10)]
-    by_kind = {kind: [] for kind in WORDINGS}
-    for problem in problems:
-        by_kind[problem.kind].append(problem)
-    return by_kind
+    """Every problem of every kind, in a fixed order; where the order does not matter, values ascend."""
+    digits = range(10)
+    sets = [values for size in (2, 3, 4) for values in itertools.combinations(digits, size)]
+    lists = [values for size in (2, 3) for values in itertools.permutations(digits, size)]
+    marks = [(" ".join(mark * n),) for mark in _MARKS for n in range(1, 10)]
+    pairs = list(itertools.combinations_with_replacement(digits, 2))
+    return {
+        "largest": [Problem("largest", values, str(max(values))) for values in sets],
+        "smallest": [Problem("smallest", values, str(min(values))) for values in sets],
+        "last": [Problem("last", values, str(values[-1])) for values in lists],
+        "count": [Problem("count", values, str(len(values[0].split()))) for values in marks],
+        "add": [Problem("add", (a, b), str(a + b)) for a, b in pairs if a + b < 10],
+        "subtract": [Problem("subtract", (b, a), str(b - a)) for a, b in pairs],
+    }
 
 
 def number_problems(
-    train_examples: int, held_out_examples: int, seed: int = 0, kinds: Sequence[str] = tuple(WORDINGS)
+    train_examples: int, held_out_examples: int, seed: int = 0, kinds: Sequence[str] = KINDS
 ) -> tuple[list[dict], list[dict]]:
     """Make examples in equal shares of kinds and languages.
 
@@ -100,7 +106,7 @@ def number_problems(
     Args:
         train_examples, held_out_examples: sizes of the two sets.
         seed: decides the split, the choice and the wording.
-        kinds: names from `WORDINGS`.
+        kinds: names from `KINDS`.
 
     Returns:
         Training examples and held-out examples.
@@ -111,9 +117,9 @@ def number_problems(
     for name, size in (("train_examples", train_examples), ("held_out_examples", held_out_examples)):
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
-    unknown = [kind for kind in kinds if kind not in WORDINGS]
+    unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise ValueError(f"kinds has {unknown or 'no entry'}; choose from {', '.join(WORDINGS)}")
+        raise ValueError(f"kinds has {unknown or 'no entry'}; choose from {', '.join(KINDS)}")
     rng = random.Random(seed)
     train, held_out = {}, {}
     for kind, problems in all_problems().items():
@@ -134,8 +140,10 @@ def _sample(problems: dict[str, list[Problem]], size: int, kinds: Sequence[str],
 
 def _ask(problem: Problem, language: str, rng: random.Random) -> dict:
     values = list(problem.values)
-    if problem.kind in _SWAPPABLE:
+    if problem.kind in _UNORDERED:
         rng.shuffle(values)
+    if problem.kind in _LIST_KINDS:
+        values = [_SEPARATORS[language].join(map(str, values))]
     question = rng.choice(WORDINGS[problem.kind][language]).format(*values)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": problem.answer}]
     return {"messages": messages, "language": language, "kind": problem.kind}
@@ -289,6 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--train-examples", type=int, default=4000, help="examples to train on (default 4000)")
     parser.add_argument("--held-out-examples", type=int, default=400, help="examples to test with (default 400)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of problems (default all)")
     parser.add_argument("--seed", type=int, default=0, help="decides split, choice and wording (default 0)")
     return parser
 
@@ -297,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        train, held_out = number_problems(args.train_examples, args.held_out_examples, args.seed)
+        train, held_out = number_problems(args.train_examples, args.held_out_examples, args.seed, args.kinds)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
