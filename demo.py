@@ -1,4 +1,4 @@
-"""What `make demo` shows: this repository's checkpoint writes in two languages, then learns number problems in about a minute.
+"""What `make demo` shows: this repository's checkpoint writes in two languages, then learns number problems in two minutes.
 
     python demo.py [--model FOLDER] [--quick]
 
@@ -27,6 +27,7 @@ from finetune.sft import Answer, StepReport, TrainSettings, evaluate, load_model
 
 PROMPTS = {"English": "It was a fine morning, and the old man", "Chinese": "话说那日天色已晚，"}
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
+KINDS = ("largest", "smallest", "last", "count")  # what so small a model learns in so short a time
 MAX_TOKENS = 128  # of a number problem; the longest has about 40
 
 
@@ -177,7 +178,7 @@ def learn(
     held_out_examples: int,
 ) -> None:
     """Fine-tune with LoRA on number problems and compare answers to problems that were not in training."""
-    examples, held_out = number_problems(settings.steps * settings.batch_size, held_out_examples, settings.seed)
+    examples, held_out = number_problems(settings.steps * settings.batch_size, held_out_examples, settings.seed, KINDS)
     rows = render_all(examples, tokenizer, MAX_TOKENS)
     accelerator = Accelerator()
     set_seed(settings.seed)

@@ -497,11 +497,12 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             ValueError: a shard is missing, truncated or no safetensors file; the message names the file.
         """
         if config is None:
-            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            # reading the config uses these up, but the weights need them too
+            still_needed = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "dtype", "torch_dtype") if name in kwargs}
             config, unused = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-            kwargs = unused | where
+            kwargs = unused | still_needed
         if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         config = copy.deepcopy(config)

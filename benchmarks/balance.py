@@ -51,7 +51,7 @@ CONFIG = {
 RUNS = {
     "nothing": {"aux_loss_alpha": 0.0, "update_rate": 0.0},
     "sequence loss (alpha 0.01)": {"aux_loss_alpha": 0.01, "update_rate": 0.0},
-    "router bias (rate 0.001)": {"aux_loss_alpha": 0.0, "update_rate": 0.001},
+    "router bias (rate 0.01)": {"aux_loss_alpha": 0.0, "update_rate": 0.01},
 }
 
 
@@ -114,7 +114,7 @@ def plot(runs: dict, path: Path):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of each training (default: 600)")
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of each training (default: 400)")
     return parser
 
 
