@@ -193,10 +193,14 @@ def test_static_cache(family, chunk, attention):
     assert_close(torch.cat(logits, dim=1), expected)
 
 
-@pytest.mark.parametrize("make_cache", [DynamicCache, StaticCache])
-def test_padded_cached_decode(family, make_cache):
+@pytest.mark.parametrize(
+    ("make_cache", "whole_mask"),
+    [(DynamicCache, False), (StaticCache, False), (StaticCache, True)],
+    ids=["dynamic", "static", "static, mask over all of the cache"],
+)
+def test_padded_cached_decode(family, make_cache, whole_mask):
     """Left-padded rows over a cache, as `generate` runs them: prompt, single tokens, then a long chunk."""
-    model, tokens, mask = make_model(family), make_tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    model, tokens, mask = make_model(family), make_tokens(2, 30), torch.ones(2, 36, dtype=torch.long)
     mask[1, :5] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     alone = model(tokens[1:, 5:], use_cache=False).logits
@@ -206,7 +210,7 @@ def test_padded_cached_decode(family, make_cache):
         logits.append(
             model(
                 tokens[:, start:end],
-                attention_mask=mask[:, :end],
+                attention_mask=mask if whole_mask else mask[:, :end],
                 position_ids=positions[:, start:end],
                 past_key_values=cache,
             ).logits
