@@ -287,7 +287,13 @@ class DeepseekConfig(PreTrainedConfig):
             _check_count(name, getattr(self, name), minimum=1)
         for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
             _check_count(name, getattr(self, name), minimum=0)
-        for name in ("aux_loss_alpha", "mtp_loss_weight", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+        for name in (
+            "aux_loss_alpha",
+            "mtp_loss_weight",
+            "rms_norm_eps",
+            "initializer_range",
+            "routed_scaling_factor",
+        ):
             _check_number(name, getattr(self, name))
         _check_number("attention_dropout", self.attention_dropout, maximum=1)
         _check_choice("hidden_act", self.hidden_act, _ACTIVATIONS)
