@@ -2,7 +2,7 @@
 
 Read from top to bottom: GQA, MLA, the decoder layer, the multi-token-prediction module, the model, its heads.
 
-    attention    ATTENTION_CLASSES[config.attention_kind]: "gqa" or "mla"
+    attention    ATTENTION_CLASSES[config.attention_kind]: "gqa", "mla", or "nsa" (sparse_attention_deepseek.py)
     MLP          config.mlp_layer_types[i]: DeepseekMLP or DeepseekMoE (moe_deepseek.py, where the routers are)
     kernels      transformers' attention interface (`attn_implementation`) and, for the experts of moe_deepseek.py,
                  its @use_experts_implementation (`experts_implementation`)
@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_deepseek import use_growing_layers
+from .cache_deepseek import GrowingLayer, NSACacheLayer, use_growing_layers
 from .configuration_deepseek import DeepseekConfig
 from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, apply_rotary, yarn_softmax_factor
 from .loading_deepseek import (
@@ -49,6 +49,7 @@ from .loading_deepseek import (
     register_expert_conversion,
 )
 from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
+from .sparse_attention_deepseek import BlockCompressor, DeepseekNSA, find_documents
 
 logger = logging.get_logger(__name__)
 
@@ -348,7 +349,7 @@ class DeepseekMLA(nn.Module):
         return weight
 
 
-ATTENTION_CLASSES = {"gqa": DeepseekAttention, "mla": DeepseekMLA}
+ATTENTION_CLASSES = {"gqa": DeepseekAttention, "mla": DeepseekMLA, "nsa": DeepseekNSA}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -546,6 +547,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DeepseekExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, BlockCompressor):
+            init.normal_(module.position, mean=0.0, std=std)
 
     def update_router_bias(self, update_rate: float = 1e-3) -> dict[int, torch.Tensor]:
         """`moe_deepseek.update_router_bias` on this model: call it after each optimiser step."""
@@ -602,7 +605,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds = self._embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        use_growing_layers(past_key_values)
+        use_growing_layers(past_key_values, self._make_cache_layer)
 
         shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states, balance_losses = inputs_embeds, []
@@ -666,6 +669,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
             "token_mask": token_mask,
         }
 
+    def _make_cache_layer(self) -> GrowingLayer:
+        if self.config.attention_kind == "nsa":
+            return NSACacheLayer(window=self.config.nsa_window_size, block=self.config.nsa_compress_block_size)
+        return GrowingLayer()
+
     def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         try:
             return self.embed_tokens(input_ids)  # [B, S, hidden_size]
@@ -681,8 +689,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         GQA has one form for everything. MLA attends to new tokens through the attention interface as long as there
         is no past (then the mask is as if there were no cache), and by matrix products of its own after that (then
-        the mask is a plain tensor, whatever the kernel).
+        the mask is a plain tensor, whatever the kernel). NSA takes the documents' bounds instead of a mask.
         """
+        if self.config.attention_kind == "nsa":
+            has_cache = past_key_values is not None
+            return find_documents(attention_mask, position_ids, int(past_length), has_cache), int(past_length) > 0
         arguments = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
         if self.config.attention_kind == "gqa":
             return create_causal_mask(
@@ -821,7 +832,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """Masks that `generate` prepares outside a compiled step: for MLA as `DeepseekModel._mask` wants them."""
+        """Masks that `generate` prepares outside a compiled step, as `DeepseekModel._mask` wants them."""
+        if config.attention_kind == "nsa":
+            return attention_mask
         if config.attention_kind == "mla":
             if int(past_key_values.get_seq_length()) == 0:
                 return attention_mask
