@@ -35,15 +35,20 @@ class GrowingLayer(DynamicLayer):
         """Appends [B, K, S, D] keys and values; returns all of them, [B, K, T, D], as views of the buffers."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
+        self.keys, self.values = self._append_all(
+            ("keys", "values"), (self.keys, self.values), (key_states, value_states)
+        )
         return self.keys, self.values
+
+    def _append_all(self, names: tuple[str, ...], past: tuple, new: tuple) -> tuple[torch.Tensor, ...]:
+        append = self._append
+        if torch.is_grad_enabled() and any(states.requires_grad for states in new):
+            # Writing into a buffer that the graph has already read would break its backward pass.
+            append = _concatenate
+        return tuple(append(*arguments) for arguments in zip(names, past, new, strict=True))
 
     def _append(self, name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         past_length = past.shape[-2] if past.numel() else 0
-        if torch.is_grad_enabled() and new.requires_grad:
-            # Writing into a buffer that the graph has already read would break its backward pass.
-            return torch.cat((past, new), dim=-2) if past_length else new
         length = past_length + new.shape[-2]
         buffer = self._buffers.get(name)
         extends = buffer is not None and past.data_ptr() == buffer.data_ptr() and past.shape[0] == buffer.shape[0]
@@ -61,6 +66,55 @@ class GrowingLayer(DynamicLayer):
         """Forgets all tokens and gives the memory back."""
         super().reset()
         self._buffers.clear()
+
+
+def _concatenate(name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.cat((past, new), dim=-2) if past.numel() else new
+
+
+class IndexedLayer(GrowingLayer):
+    """A `GrowingLayer` that also holds the keys of a lightning indexer; its methods are those of transformers'
+    `DynamicIndexedLayer`, so that either may be used."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.indexer_keys: torch.Tensor | None = None  # [B, 1, T, D]
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Appends [B, S, D] keys; returns all of them, [B, T, D]."""
+        new = indexer_key_states[:, None]
+        past = new[:, :, :0] if self.indexer_keys is None else self.indexer_keys
+        (self.indexer_keys,) = self._append_all(("indexer_keys",), (past,), (new,))
+        return self.indexer_keys[:, 0]
+
+    def crop(self, tokens_to_remove: int):
+        """Takes back the last `-tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, :, : -abs(tokens_to_remove)]
+
+    def reset(self):
+        """Forgets all tokens and gives the memory back."""
+        super().reset()
+        self.indexer_keys = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        """Row b becomes what row beam_idx[b] was."""
+        super().reorder_cache(beam_idx)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys.index_select(0, beam_idx.to(self.indexer_keys.device))
+
+    def batch_repeat_interleave(self, repeats: int):
+        """Each row becomes `repeats` rows."""
+        super().batch_repeat_interleave(repeats)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        """Only the rows `indices` stay."""
+        super().batch_select_indices(indices)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[indices]
 
 
 class NSACacheLayer(GrowingLayer):
@@ -101,8 +155,9 @@ class NSACacheLayer(GrowingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends the states of S tokens, [B, K, S, D] each; returns the selected branch's keys and values, [B, K, T, D]."""
         if self.compressed:
-            self.raw = self._append_all("raw", self.raw, raw)
-            self.windowed = self._append_all("windowed", self.windowed, windowed)
+            names = ("raw.keys", "raw.values", "raw.angles", "windowed.keys", "windowed.values")
+            states = self._append_all(names, self.raw + self.windowed, raw + windowed)
+            self.raw, self.windowed = states[:3], states[3:]
         else:  # a first prompt, however long, need not be copied: `trim` follows
             self.compressed = tuple(states[:, :, :0] for states in raw[:2])
             self.raw, self.windowed = raw, windowed
@@ -117,7 +172,7 @@ class NSACacheLayer(GrowingLayer):
             room = tuple(
                 states.new_zeros(*self.keys.shape[:2], missing, states.shape[-1]) for states in (keys, values)
             )
-            self.compressed = self._append_all("compressed", self.compressed, room)
+            self.compressed = self._append_all(("compressed.keys", "compressed.values"), self.compressed, room)
         if torch.is_grad_enabled() and keys.requires_grad:
             self.compressed = tuple(states.clone() for states in self.compressed)
         for states, new in zip(self.compressed, (keys, values), strict=True):
@@ -183,9 +238,6 @@ class NSACacheLayer(GrowingLayer):
         self.compressed, self.raw, self.windowed = (
             tuple(change(states) for states in group) for group in (self.compressed, self.raw, self.windowed)
         )
-
-    def _append_all(self, name: str, past: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...]):
-        return tuple(self._append(f"{name}.{i}", *pair) for i, pair in enumerate(zip(past, new, strict=True)))
 
 
 def _last_tokens(group: tuple[torch.Tensor, ...], kept: int) -> tuple[torch.Tensor, ...]:

@@ -31,6 +31,9 @@ _DENSE = {
     "qk_rope_head_dim": None,
     "v_head_dim": None,
     "rope_interleave": False,
+    "index_topk": None,
+    "index_n_heads": None,
+    "index_head_dim": None,
     "n_routed_experts": None,
     "n_shared_experts": None,
     "num_experts_per_tok": None,
@@ -92,6 +95,7 @@ _V3 = _V2 | {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+_V32_INDEXER = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
 # Native sparse attention on grouped-query attention: no released checkpoint; the paper's sizes.
 _NSA_SIZES = {
     "nsa_compress_block_size": 32,
@@ -108,6 +112,7 @@ FAMILY_DEFAULTS = {
     "deepseek": _MOE,
     "deepseek_v2": _V2,
     "deepseek_v3": _V3,
+    "deepseek_v32": _V3 | _V32_INDEXER,
     "deepseek_nsa": _NSA,
 }
 
@@ -117,6 +122,7 @@ _ARCHITECTURE_PREFIX = {
     "deepseek": "Deepseek",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "deepseek_v32": "DeepseekV32",
     "deepseek_nsa": "Deepseek",
 }
 _MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -164,6 +170,10 @@ class DeepseekConfig(PreTrainedConfig):
         aux_loss_alpha: weight of the sequence-wise balance loss in training; 0 turns it off.
         num_nextn_predict_layers: multi-token-prediction modules, stored as layers num_hidden_layers, ...
         mtp_loss_weight: weight of the multi-token-prediction loss in training (V3 report: 0.3, later 0.1).
+        index_topk: tokens that the indexer of an MLA model selects for each query (V3.2); `None` means all, no indexer.
+        index_n_heads, index_head_dim: the indexer's heads and their width.
+        index_loss_weight: weight in training of the indexer's loss, KL(attention || index scores); 0 turns it off.
+        index_warmup: attend to all tokens and let the indexer learn from that (the first stage of its training).
         nsa_compress_block_size, nsa_compress_stride: tokens of a compressed block (the paper's l), and from one to the
             next (d). These and the following for `attention_kind` "nsa" only.
         nsa_select_block_size, nsa_num_select_blocks: tokens of a selected block (l'), and how many a query reads (n).
@@ -237,6 +247,8 @@ class DeepseekConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         pad_token_id: int | None = None,
         mtp_loss_weight: float = 0.3,
+        index_loss_weight: float = 1.0,
+        index_warmup: bool = False,
         rope_parameters: dict | None = None,
         rope_scaling: dict | None = None,
         rope_theta: float | None = None,
@@ -251,6 +263,8 @@ class DeepseekConfig(PreTrainedConfig):
         defaults = FAMILY_DEFAULTS[self.checkpoint_model_type]
         if attention_kind == "nsa":  # on top of any family without a latent
             defaults, self.checkpoint_model_type = _NSA_SIZES | defaults, "deepseek_nsa"
+        elif kwargs.get("index_topk") is not None:  # on top of any family with latents
+            defaults, self.checkpoint_model_type = defaults | _V32_INDEXER, "deepseek_v32"
         for name, default in defaults.items():
             setattr(self, name, kwargs.pop(name, default))
 
@@ -264,6 +278,8 @@ class DeepseekConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id = pad_token_id
         self.mtp_loss_weight = mtp_loss_weight
+        self.index_loss_weight = index_loss_weight
+        self.index_warmup = index_warmup
         if self.checkpoint_model_type == "deepseek_nsa":
             attention_kind = attention_kind or "nsa"
         self.attention_kind = attention_kind or ("gqa" if self.kv_lora_rank is None else "mla")
@@ -332,6 +348,7 @@ class DeepseekConfig(PreTrainedConfig):
         for name in (
             "aux_loss_alpha",
             "mtp_loss_weight",
+            "index_loss_weight",
             "rms_norm_eps",
             "attention_dropout",
             "routed_scaling_factor",
@@ -344,6 +361,8 @@ class DeepseekConfig(PreTrainedConfig):
         """Raises a ValueError for the first combination that no DeepSeek model can have."""
         if self.attention_kind == "nsa":
             self._validate_nsa()
+        if self.checkpoint_model_type == "deepseek_v32":
+            self._validate_indexer()
         if self.attention_kind != "mla" and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide `num_attention_heads` "
@@ -364,6 +383,24 @@ class DeepseekConfig(PreTrainedConfig):
         if self.n_routed_experts is not None:
             self._validate_router()
         _validate_rope(self.rope_parameters)
+
+    def _validate_indexer(self):
+        for name in _V32_INDEXER:
+            _check_count(name, getattr(self, name), minimum=1)
+        for name in ("kv_lora_rank", "q_lora_rank"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`{name}` is null, but an indexer (`index_topk`) works on MLA with a query latent; set it."
+                )
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError(
+                f"`index_head_dim` is {self.index_head_dim}, less than `qk_rope_head_dim` ({self.qk_rope_head_dim}), "
+                "the part that is rotated; choose at least that."
+            )
+        if self.attention_dropout:
+            raise ValueError(
+                f"`attention_dropout` is {self.attention_dropout}; sparse attention has no dropout. Set it to 0."
+            )
 
     def _validate_nsa(self):
         for name in ("nsa_compress_block_size", "nsa_select_block_size"):
@@ -447,6 +484,9 @@ class DeepseekConfig(PreTrainedConfig):
 
         for derived in ("attention_kind", "mlp_bias"):
             output.pop(derived, None)
+        if self.index_topk is None:
+            for name in (*_V32_INDEXER, "index_loss_weight", "index_warmup"):
+                output.pop(name, None)
         if output.get("mlp_layer_types") == self._published_mlp_layer_types():
             output.pop("mlp_layer_types")
         if self.attention_kind == "mla":

@@ -82,6 +82,7 @@ FAMILIES = {
         "rope_scaling": _yarn(1.0),
     },
     "v3": _V3,
+    "v32": {**_V3, "model_type": "deepseek_v32", "index_topk": 16, "index_n_heads": 16, "index_head_dim": 12},
     "v3_mtp2": {**_V3, "num_nextn_predict_layers": 2},
     "nsa": {
         **_COMMON,
