@@ -537,7 +537,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(target_class=None, index=1, class_name="self_attn"),
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj", "indexer.k_norm"]
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -684,7 +684,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs,
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
         """Runs the multi-token-prediction modules over whole rows, without a cache.
 
         Module k sees token t + k at place t. The last k places of a row have no such token; they get the row's first
@@ -694,19 +694,21 @@ class DeepseekModel(DeepseekPreTrainedModel):
             hidden_states: the model's `last_hidden_state` for the other arguments, which are as in `forward`.
 
         Returns:
-            One [B, S, hidden_size] a module, before its output norm, and the sum of the balance losses (in training).
+            One [B, S, hidden_size] a module, before its output norm; in training also the sums of the modules' balance
+            losses and of their indexers' losses.
         """
         inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values=None)
-        states, balance_losses = [], []
+        states, balance_losses, index_losses = [], [], []
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
             # positional, since reentrant gradient checkpointing tracks only such arguments
-            hidden_states, balance_loss, load, _ = layer(
+            hidden_states, balance_loss, load, index_loss = layer(
                 hidden_states, inputs_embeds.roll(-k, dims=1), **shared, **kwargs
             )
             states.append(hidden_states)
             balance_losses += _count(layer, balance_loss, load)
-        return states, _total(balance_losses)
+            index_losses += [] if index_loss is None else [index_loss]
+        return states, _total(balance_losses), _total(index_losses)
 
     def _shared_by_layers(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
         """What every layer gets alike: mask, positions, rotation angles and which tokens are real."""
@@ -850,23 +852,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, positions])  # [B, S or kept, vocab_size]
 
         loss = lm_loss = mtp_loss = None
-        aux_loss = outputs.aux_loss
+        aux_loss, index_loss = outputs.aux_loss, outputs.index_loss
         if labels is not None:
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
             predicts_further = self.config.num_nextn_predict_layers and self.config.mtp_loss_weight
             if self.training and predicts_further and past_key_values is None:
-                states, mtp_aux_loss = self.model.predict_further(
+                states, mtp_aux_loss, mtp_index_loss = self.model.predict_further(
                     outputs.last_hidden_state, input_ids, attention_mask, position_ids, inputs_embeds
                 )
                 mtp_loss = self._mtp_loss(states, labels, position_ids, **kwargs)
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
                 aux_loss = _total([part for part in (aux_loss, mtp_aux_loss) if part is not None])
+                index_loss = _total([part for part in (index_loss, mtp_index_loss) if part is not None])
             if aux_loss is not None:
                 loss = loss + self.config.aux_loss_alpha * aux_loss.to(loss.device)
-            if outputs.index_loss is not None:
-                loss = loss + self.config.index_loss_weight * outputs.index_loss.to(loss.device)
+            if index_loss is not None:
+                loss = loss + self.config.index_loss_weight * index_loss.to(loss.device)
         return DeepseekCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -877,7 +880,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             lm_loss=lm_loss,
             mtp_loss=mtp_loss,
             aux_loss=aux_loss,
-            index_loss=outputs.index_loss,
+            index_loss=index_loss,
         )
 
     def _mtp_loss(self, mtp_hidden_states, labels, position_ids, **kwargs) -> torch.Tensor:

@@ -844,7 +844,7 @@ class LightningIndexer(nn.Module):
 
     RoPE turns the first qk_rope_head_dim numbers of q and k, in the "half" layout, unlike the attention it serves.
     DeepSeek's code also applies a Hadamard transform to q and k, which changes no product, and rounds both to FP8,
-    which is left out. Weights and scores are float32.
+    which is left out. LayerNorm and head weights are float32 in a loaded model, scores always.
     """
 
     def __init__(self, config):
@@ -866,9 +866,7 @@ class LightningIndexer(nn.Module):
     ) -> IndexStates:
         """hidden_states [B, S, hidden_size], query_latent [B, S, q_lora_rank], cos and sin [B, S, Dr/2]"""
         query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, S, D]
-        norm = self.k_norm
-        key = self.wk(hidden_states).float()
-        key = F.layer_norm(key, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        key = self.k_norm(self.wk(hidden_states).to(self.k_norm.weight.dtype))  # [B, S, D]
         states = torch.cat((query, key[:, None].to(query.dtype)), dim=1)  # [B, H + 1, S, D]
         rotated = apply_rotary(states[..., : self.rope_dim], *position_embeddings, layout="half")
         states = torch.cat((rotated, states[..., self.rope_dim :]), dim=-1)
@@ -879,7 +877,7 @@ class LightningIndexer(nn.Module):
 
     def learns(self) -> bool:
         """Whether a loss would teach it anything: not where it is frozen, as under LoRA."""
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     @torch.no_grad()
     def select(self, states: IndexStates, key: torch.Tensor, visible: VisibleTokens, queries: slice) -> torch.Tensor:

@@ -176,28 +176,29 @@ def test_nothing_flows_back_in_time(model):
     assert not torch.equal(after[:, 40:], before[:, 40:])
 
 
-class TestGenerate:
-    ARGUMENTS = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+ARGUMENTS = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
+
+class TestGenerate:
     @torch.no_grad()
     def test_greedy_equals_no_cache(self, model):
         tokens = tiny.make_tokens(2, 30)
         mask = torch.ones_like(tokens)
         mask[1, :11] = 0
-        cached = model.generate(tokens, attention_mask=mask, **self.ARGUMENTS)
-        assert torch.equal(cached, model.generate(tokens, attention_mask=mask, use_cache=False, **self.ARGUMENTS))
+        cached = model.generate(tokens, attention_mask=mask, **ARGUMENTS)
+        assert torch.equal(cached, model.generate(tokens, attention_mask=mask, use_cache=False, **ARGUMENTS))
 
     @torch.no_grad()
     def test_beams_equal_no_cache(self, model):
         tokens = tiny.make_tokens(2, 30)
-        cached = model.generate(tokens, num_beams=3, **self.ARGUMENTS)
-        assert torch.equal(cached, model.generate(tokens, num_beams=3, use_cache=False, **self.ARGUMENTS))
+        cached = model.generate(tokens, num_beams=3, **ARGUMENTS)
+        assert torch.equal(cached, model.generate(tokens, num_beams=3, use_cache=False, **ARGUMENTS))
 
     @torch.no_grad()
     def test_assisted_equals_plain(self, model):
         tokens = tiny.make_tokens(1, 30)
-        assisted = model.generate(tokens, assistant_model=tiny.make_model("v32", seed=1), **self.ARGUMENTS)
-        assert torch.equal(assisted, model.generate(tokens, **self.ARGUMENTS))
+        assisted = model.generate(tokens, assistant_model=tiny.make_model("v32", seed=1), **ARGUMENTS)
+        assert torch.equal(assisted, model.generate(tokens, **ARGUMENTS))
 
 
 class TestCache:
