@@ -243,12 +243,14 @@ class DeepseekMLA(nn.Module):
         with_position = torch.cat((q_rope, k_rope), dim=1)  # [B, H + 1, S, Dr]
         with_position = apply_rotary(with_position, *position_embeddings, layout=self.rope_layout)
         q_rope, k_rope = with_position[:, :-1], with_position[:, -1:]  # [B, H, S, Dr], [B, 1, S, Dr]
+        all_latent, all_k_rope, cache_layer = latent, k_rope, None
         if past_key_values is not None:
             all_latent, all_k_rope = past_key_values.update(
                 latent, k_rope, self.layer_idx
             )  # [B, 1, T, C], [B, 1, T, Dr]
-
             cache_layer = past_key_values.layers[self.layer_idx]
+            if not has_past:
+                cache_layer.kv_b_weight = None  # see _kv_b_weight: a new text begins
         if self.indexer is not None:
             # detached: the index loss teaches the indexer and nothing else
             index_states = self.indexer(hidden_states.detach(), query_input.detach(), position_embeddings)
@@ -258,15 +260,11 @@ class DeepseekMLA(nn.Module):
 
         index_loss = None
         if isinstance(attention_mask, VisibleTokens):
-            if past_key_values is None:
-                all_latent, all_k_rope, cache_layer = latent, k_rope, None
             weight = self._kv_b_weight(latent, cache_layer)
             index = self.indexer, index_states, index_key
             output, index_loss = self._selected(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, *index)
             probs = None
         elif not has_past:
-            if past_key_values is not None:
-                cache_layer.kv_b_weight = None  # see _kv_b_weight: a new text begins
             output, probs = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
             weight = self._kv_b_weight(latent, cache_layer)
