@@ -1,14 +1,20 @@
-"""A cache layer that grows without copying the past at every token.
+"""Cache layers: one that grows without copying the past at every token, and the one of native sparse attention.
 
 transformers' `DynamicLayer` concatenates: each new token copies the whole cache once, which at long context costs as
 much as attention itself. `GrowingLayer` keeps spare room behind the tokens and grows by half when full, so that a
-token is copied at most about three times in its life, whatever the length.
+token is copied at most about three times in its life, whatever the length. `NSACacheLayer` adds what NSA needs besides
+keys and values.
+
+Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width of a head.
 """
+
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 _LEAST_ROOM = 256  # tokens of spare room in a new buffer
+_UNDO_TOKENS = 512  # tokens by which a layer that keeps only the last ones can be cropped without notice
 
 
 class GrowingLayer(DynamicLayer):
@@ -27,14 +33,19 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends [B, K, S, D] keys and values; returns all of them, [B, K, T, D], as views of the buffers."""
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # Writing into a buffer that the graph has already read would break its backward pass.
-            return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
+        self.keys, self.values = self._append_all(
+            ("keys", "values"), (self.keys, self.values), (key_states, value_states)
+        )
         return self.keys, self.values
+
+    def _append_all(self, names: tuple[str, ...], past: tuple, new: tuple) -> tuple[torch.Tensor, ...]:
+        append = self._append
+        if torch.is_grad_enabled() and any(states.requires_grad for states in new):
+            # Writing into a buffer that the graph has already read would break its backward pass.
+            append = _concatenate
+        return tuple(append(*arguments) for arguments in zip(names, past, new, strict=True))
 
     def _append(self, name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         past_length = past.shape[-2] if past.numel() else 0
@@ -57,7 +68,186 @@ class GrowingLayer(DynamicLayer):
         self._buffers.clear()
 
 
-def use_growing_layers(cache: Cache | None) -> None:
+def _concatenate(name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.cat((past, new), dim=-2) if past.numel() else new
+
+
+class IndexedLayer(GrowingLayer):
+    """A `GrowingLayer` that also holds the keys of a lightning indexer; its methods are those of transformers'
+    `DynamicIndexedLayer`, so that either may be used."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.indexer_keys: torch.Tensor | None = None  # [B, 1, T, D]
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Appends [B, S, D] keys; returns all of them, [B, T, D]."""
+        new = indexer_key_states[:, None]
+        past = new[:, :, :0] if self.indexer_keys is None else self.indexer_keys
+        (self.indexer_keys,) = self._append_all(("indexer_keys",), (past,), (new,))
+        return self.indexer_keys[:, 0]
+
+    def crop(self, tokens_to_remove: int):
+        """Takes back the last `-tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, :, : -abs(tokens_to_remove)]
+
+    def reset(self):
+        """Forgets all tokens and gives the memory back."""
+        super().reset()
+        self.indexer_keys = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        """Row b becomes what row beam_idx[b] was."""
+        super().reorder_cache(beam_idx)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys.index_select(0, beam_idx.to(self.indexer_keys.device))
+
+    def batch_repeat_interleave(self, repeats: int):
+        """Each row becomes `repeats` rows."""
+        super().batch_repeat_interleave(repeats)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        """Only the rows `indices` stay."""
+        super().batch_select_indices(indices)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[indices]
+
+
+class NSACacheLayer(GrowingLayer):
+    """What native sparse attention keeps of T tokens.
+
+        keys, values        of the selected branch, all tokens
+        compressed          keys and values of the compressed entries, all that are complete, [B, K, entries, D] each;
+                            row b's entries are counted from its own first token, so rows may have fewer than there is
+                            room for. The keys are rotated.
+        raw                 what the next entries are made of, the last tokens only: keys without rotation, values, and
+                            the angles to rotate by, [B, K, t, D] twice and [B, 1, t, D]
+        windowed            keys and values of the window branch, the last tokens only, [B, K, t, D] each
+
+    "The last tokens" are those that a next query needs and `_UNDO_TOKENS` more, so that tokens can be taken back
+    (`crop`), as speculative decoding does; after `activate_past_recording` all tokens are kept until the next `crop`.
+    """
+
+    def __init__(self, window: int, block: int, **kwargs):
+        super().__init__(**kwargs)
+        self.needed_windowed = window - 1
+        self.needed_raw = block - 1
+        self.record_past = False
+        self._forget()
+
+    def _forget(self):
+        self.compressed: tuple[torch.Tensor, ...] = ()
+        self.raw: tuple[torch.Tensor, ...] = ()
+        self.windowed: tuple[torch.Tensor, ...] = ()
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args,
+        windowed: tuple[torch.Tensor, torch.Tensor],
+        raw: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends the states of S tokens, [B, K, S, D] each; returns the selected branch's keys and values, [B, K, T, D]."""
+        if self.compressed:
+            names = ("raw.keys", "raw.values", "raw.angles", "windowed.keys", "windowed.values")
+            states = self._append_all(names, self.raw + self.windowed, raw + windowed)
+            self.raw, self.windowed = states[:3], states[3:]
+        else:  # a first prompt, however long, need not be copied: `trim` follows
+            self.compressed = tuple(states[:, :, :0] for states in raw[:2])
+            self.raw, self.windowed = raw, windowed
+        return super().update(key_states, value_states)
+
+    def put_compressed(self, rows: slice, first: int, keys: torch.Tensor, values: torch.Tensor):
+        """Puts entries [rows, K, n, D] at places first, first + 1, ... of the rows."""
+        stop = first + keys.shape[2]
+        missing = stop - self.compressed[0].shape[2]
+        if missing > 0:
+            # zeros, for what other rows do not use yet is multiplied by a probability of zero
+            room = tuple(
+                states.new_zeros(*self.keys.shape[:2], missing, states.shape[-1]) for states in (keys, values)
+            )
+            self.compressed = self._append_all(("compressed.keys", "compressed.values"), self.compressed, room)
+        if torch.is_grad_enabled() and keys.requires_grad:
+            self.compressed = tuple(states.clone() for states in self.compressed)
+        for states, new in zip(self.compressed, (keys, values), strict=True):
+            states[rows, :, first:stop] = new
+
+    def recent(self, group: tuple[torch.Tensor, ...], rows: slice, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """The slots start .. stop - 1 of some rows of `raw` or `windowed`."""
+        oldest = self.get_seq_length() - group[0].shape[2]
+        return tuple(states[rows, :, start - oldest : stop - oldest] for states in group)
+
+    def trim(self):
+        """Lets old tokens of `raw` and `windowed` go, once there are twice as many as are kept."""
+        if not self.record_past:
+            self.raw = _last_tokens(self.raw, self.needed_raw + _UNDO_TOKENS)
+            self.windowed = _last_tokens(self.windowed, self.needed_windowed + _UNDO_TOKENS)
+
+    def activate_past_recording(self):
+        """Keeps all tokens until the next `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int):
+        """Takes back the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: the tokens that the next query would need have been let go.
+        """
+        super().crop(tokens_to_remove)
+        removed = abs(tokens_to_remove)
+        if removed and self.compressed:
+            self.raw, self.windowed = (tuple(x[:, :, :-removed] for x in group) for group in (self.raw, self.windowed))
+            for group, needed in ((self.raw, self.needed_raw), (self.windowed, self.needed_windowed)):
+                if group[0].shape[2] < min(needed, self.get_seq_length()):
+                    raise ValueError(
+                        f"`crop` takes back {removed} tokens, more than the {_UNDO_TOKENS} that an NSA cache is sure to "
+                        "keep. Call `activate_past_recording()` on the cache before the tokens come, or start anew."
+                    )
+        if self.record_past:
+            self.record_past = False
+            self.trim()
+            self.record_past = True
+
+    def reset(self):
+        """Forgets all tokens and gives the memory back."""
+        super().reset()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        """Row b becomes what row beam_idx[b] was."""
+        super().reorder_cache(beam_idx)
+        self._change_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        """Each row becomes `repeats` rows."""
+        super().batch_repeat_interleave(repeats)
+        self._change_batch(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        """Only the rows `indices` stay."""
+        super().batch_select_indices(indices)
+        self._change_batch(lambda states: states[indices])
+
+    def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]):
+        self.compressed, self.raw, self.windowed = (
+            tuple(change(states) for states in group) for group in (self.compressed, self.raw, self.windowed)
+        )
+
+
+def _last_tokens(group: tuple[torch.Tensor, ...], kept: int) -> tuple[torch.Tensor, ...]:
+    """The last `kept` tokens of tensors [B, K, t, D] as copies, once t is twice that; so each is copied once or twice."""
+    if not group or group[0].shape[2] <= 2 * kept:
+        return group
+    return tuple(states[:, :, -kept:].clone() for states in group)
+
+
+def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLayer] = GrowingLayer) -> None:
     """Lets the still empty `DynamicLayer`s of a cache grow in place; other layers (static, quantised) stay.
 
     `generate` and users make plain `DynamicCache`s; this is called on them by the model's forward.
@@ -65,7 +255,7 @@ def use_growing_layers(cache: Cache | None) -> None:
     if cache is None or getattr(cache, "offloading", False):
         return  # offloading moves whole layers between devices at each step, so nothing is gained
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
-        cache.layer_class_to_replicate = GrowingLayer
+        cache.layer_class_to_replicate = make_layer
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[i] = GrowingLayer()
+            cache.layers[i] = make_layer()

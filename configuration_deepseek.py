@@ -6,7 +6,8 @@ engines. In memory the class carries a `model_type` of its own (see docs/design.
 
 A model is described by independent axes, each resolved once here and never again in the modeling files:
 
-    attention_kind    "gqa" (DeepSeek-LLM, DeepSeekMoE) or "mla" (V2, V3): "mla" where `kv_lora_rank` is set
+    attention_kind    "gqa" (DeepSeek-LLM, DeepSeekMoE), "mla" (V2, V3): "mla" where `kv_lora_rank` is set; or "nsa"
+                      (native sparse attention), which no released checkpoint has: `model_type` "deepseek_nsa" on disk
     mlp_layer_types   "dense" or "sparse" for each layer, from `first_k_dense_replace`, `moe_layer_freq`, `n_routed_experts`
     scoring_func      router scores: "softmax" or "sigmoid"
     topk_method       router selection: "greedy", "group_limited_greedy" or "noaux_tc"
@@ -30,6 +31,9 @@ _DENSE = {
     "qk_rope_head_dim": None,
     "v_head_dim": None,
     "rope_interleave": False,
+    "index_topk": None,
+    "index_n_heads": None,
+    "index_head_dim": None,
     "n_routed_experts": None,
     "n_shared_experts": None,
     "num_experts_per_tok": None,
@@ -91,7 +95,26 @@ _V3 = _V2 | {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-FAMILY_DEFAULTS = {"llama": _DENSE, "deepseek": _MOE, "deepseek_v2": _V2, "deepseek_v3": _V3}
+_V32_INDEXER = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
+# Native sparse attention on grouped-query attention: no released checkpoint; the paper's sizes.
+_NSA_SIZES = {
+    "nsa_compress_block_size": 32,
+    "nsa_compress_stride": 16,
+    "nsa_select_block_size": 64,
+    "nsa_num_select_blocks": 16,
+    "nsa_num_init_blocks": 1,
+    "nsa_num_local_blocks": 2,
+    "nsa_window_size": 512,
+}
+_NSA = _DENSE | {"num_key_value_heads": 4} | _NSA_SIZES
+FAMILY_DEFAULTS = {
+    "llama": _DENSE,
+    "deepseek": _MOE,
+    "deepseek_v2": _V2,
+    "deepseek_v3": _V3,
+    "deepseek_v32": _V3 | _V32_INDEXER,
+    "deepseek_nsa": _NSA,
+}
 
 # The class names that go with a `model_type` in a published config.json: DeepseekV3ForCausalLM and so on.
 _ARCHITECTURE_PREFIX = {
@@ -99,6 +122,8 @@ _ARCHITECTURE_PREFIX = {
     "deepseek": "Deepseek",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "deepseek_v32": "DeepseekV32",
+    "deepseek_nsa": "Deepseek",
 }
 _MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MOE_FIELDS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -145,6 +170,16 @@ class DeepseekConfig(PreTrainedConfig):
         aux_loss_alpha: weight of the sequence-wise balance loss in training; 0 turns it off.
         num_nextn_predict_layers: multi-token-prediction modules, stored as layers num_hidden_layers, ...
         mtp_loss_weight: weight of the multi-token-prediction loss in training (V3 report: 0.3, later 0.1).
+        index_topk: tokens that the indexer of an MLA model selects for each query (V3.2); `None` means all, no indexer.
+        index_n_heads, index_head_dim: the indexer's heads and their width.
+        index_loss_weight: weight in training of the indexer's loss, KL(attention || index scores); 0 turns it off.
+        index_warmup: attend to all tokens and let the indexer learn from that (the first stage of its training).
+        nsa_compress_block_size, nsa_compress_stride: tokens of a compressed block (the paper's l), and from one to the
+            next (d). These and the following for `attention_kind` "nsa" only.
+        nsa_select_block_size, nsa_num_select_blocks: tokens of a selected block (l'), and how many a query reads (n).
+        nsa_num_init_blocks, nsa_num_local_blocks: of these, the first ones of a document and the last ones up to the
+            query's own, which are always read.
+        nsa_window_size: last tokens, the query's own counted, that the window branch reads (w).
         attention_bias: biases in the attention projections that have them in the published code.
         attention_dropout: dropout on attention probabilities.
         hidden_act, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings: as in transformers.
@@ -180,6 +215,14 @@ class DeepseekConfig(PreTrainedConfig):
         "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
         "layers.*.self_attn.q_b_proj": "colwise",
         "layers.*.self_attn.kv_b_proj": "colwise",
+        # NSA: as GQA, a group of heads with its key/value head
+        "layers.*.self_attn.compress_k_proj": "colwise",
+        "layers.*.self_attn.compress_v_proj": "colwise",
+        "layers.*.self_attn.select_k_proj": "colwise",
+        "layers.*.self_attn.select_v_proj": "colwise",
+        "layers.*.self_attn.window_k_proj": "colwise",
+        "layers.*.self_attn.window_v_proj": "colwise",
+        "layers.*.self_attn.branch_gate": "colwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -204,6 +247,8 @@ class DeepseekConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         pad_token_id: int | None = None,
         mtp_loss_weight: float = 0.3,
+        index_loss_weight: float = 1.0,
+        index_warmup: bool = False,
         rope_parameters: dict | None = None,
         rope_scaling: dict | None = None,
         rope_theta: float | None = None,
@@ -214,7 +259,13 @@ class DeepseekConfig(PreTrainedConfig):
             checkpoint_model_type = checkpoint_model_type or published_type
         self.checkpoint_model_type = checkpoint_model_type or "deepseek_v3"
         _check_choice("model_type", self.checkpoint_model_type, tuple(FAMILY_DEFAULTS))
-        for name, default in FAMILY_DEFAULTS[self.checkpoint_model_type].items():
+        attention_kind = kwargs.pop("attention_kind", None)
+        defaults = FAMILY_DEFAULTS[self.checkpoint_model_type]
+        if attention_kind == "nsa":  # on top of any family without a latent
+            defaults, self.checkpoint_model_type = _NSA_SIZES | defaults, "deepseek_nsa"
+        elif kwargs.get("index_topk") is not None:  # on top of any family with latents
+            defaults, self.checkpoint_model_type = defaults | _V32_INDEXER, "deepseek_v32"
+        for name, default in defaults.items():
             setattr(self, name, kwargs.pop(name, default))
 
         self.hidden_act = hidden_act
@@ -227,7 +278,11 @@ class DeepseekConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id = pad_token_id
         self.mtp_loss_weight = mtp_loss_weight
-        self.attention_kind = kwargs.pop("attention_kind", None) or ("gqa" if self.kv_lora_rank is None else "mla")
+        self.index_loss_weight = index_loss_weight
+        self.index_warmup = index_warmup
+        if self.checkpoint_model_type == "deepseek_nsa":
+            attention_kind = attention_kind or "nsa"
+        self.attention_kind = attention_kind or ("gqa" if self.kv_lora_rank is None else "mla")
         self._fill_nulls()
         self._validate_fields()
         self._resolve_axes(kwargs.pop("mlp_layer_types", None))
@@ -274,13 +329,16 @@ class DeepseekConfig(PreTrainedConfig):
 
     def _validate_fields(self):
         """Raises a ValueError for the first field whose value is none at all."""
-        _check_choice("attention_kind", self.attention_kind, ("gqa", "mla"))
+        _check_choice("attention_kind", self.attention_kind, ("gqa", "mla", "nsa"))
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         counts += ["num_key_value_heads", "max_position_embeddings", "moe_layer_freq"]
         if self.attention_kind == "mla":
             counts += [name for name in _MLA_FIELDS if name != "q_lora_rank" or self.q_lora_rank is not None]
         elif self.head_dim is not None:
             counts += ["head_dim"]
+        if self.attention_kind == "nsa":
+            counts += [name for name in _NSA_SIZES if name != "nsa_num_init_blocks"]
+            _check_count("nsa_num_init_blocks", self.nsa_num_init_blocks, minimum=0)
         if self.n_routed_experts is not None:
             counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
         for name in counts:
@@ -290,6 +348,7 @@ class DeepseekConfig(PreTrainedConfig):
         for name in (
             "aux_loss_alpha",
             "mtp_loss_weight",
+            "index_loss_weight",
             "rms_norm_eps",
             "initializer_range",
             "routed_scaling_factor",
@@ -305,7 +364,11 @@ class DeepseekConfig(PreTrainedConfig):
 
     def _validate_combinations(self):
         """Raises a ValueError for the first combination that no DeepSeek model can have."""
-        if self.attention_kind == "gqa" and self.num_attention_heads % self.num_key_value_heads:
+        if self.attention_kind == "nsa":
+            self._validate_nsa()
+        if self.checkpoint_model_type == "deepseek_v32":
+            self._validate_indexer()
+        if self.attention_kind != "mla" and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide `num_attention_heads` "
                 f"({self.num_attention_heads}); choose a divisor."
@@ -325,6 +388,49 @@ class DeepseekConfig(PreTrainedConfig):
         if self.n_routed_experts is not None:
             self._validate_router()
         _validate_rope(self.rope_parameters)
+
+    def _validate_indexer(self):
+        for name in _V32_INDEXER:
+            _check_count(name, getattr(self, name), minimum=1)
+        for name in ("kv_lora_rank", "q_lora_rank"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`{name}` is null, but an indexer (`index_topk`) works on MLA with a query latent; set it."
+                )
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError(
+                f"`index_head_dim` is {self.index_head_dim}, less than `qk_rope_head_dim` ({self.qk_rope_head_dim}), "
+                "the part that is rotated; choose at least that."
+            )
+        if self.attention_dropout:
+            raise ValueError(
+                f"`attention_dropout` is {self.attention_dropout}; sparse attention has no dropout. Set it to 0."
+            )
+
+    def _validate_nsa(self):
+        for name in ("nsa_compress_block_size", "nsa_select_block_size"):
+            if getattr(self, name) % self.nsa_compress_stride:
+                raise ValueError(
+                    f"`nsa_compress_stride` is {self.nsa_compress_stride}, which does not divide `{name}` "
+                    f"({getattr(self, name)}); choose a divisor of both block sizes."
+                )
+        if self.nsa_compress_block_size > self.nsa_select_block_size:
+            raise ValueError(
+                f"`nsa_compress_block_size` is {self.nsa_compress_block_size}, more than `nsa_select_block_size` "
+                f"({self.nsa_select_block_size}); selection scores are sums of compressed ones, so choose at most that."
+            )
+        fixed = self.nsa_num_init_blocks + self.nsa_num_local_blocks
+        if self.nsa_num_select_blocks < fixed:
+            raise ValueError(
+                f"`nsa_num_select_blocks` is {self.nsa_num_select_blocks}, less than the {fixed} blocks that are always "
+                "selected (`nsa_num_init_blocks` + `nsa_num_local_blocks`); choose more."
+            )
+        if self.kv_lora_rank is not None:
+            raise ValueError("`kv_lora_rank` is set, but `attention_kind` 'nsa' has no latent; set it to null.")
+        if self.attention_dropout:
+            raise ValueError(
+                f"`attention_dropout` is {self.attention_dropout}; sparse attention has no dropout. Set it to 0."
+            )
 
     def _validate_router(self):
         _check_choice("scoring_func", self.scoring_func, _SCORING_FUNCS)
@@ -383,6 +489,9 @@ class DeepseekConfig(PreTrainedConfig):
 
         for derived in ("attention_kind", "mlp_bias"):
             output.pop(derived, None)
+        if self.index_topk is None:
+            for name in (*_V32_INDEXER, "index_loss_weight", "index_warmup"):
+                output.pop(name, None)
         if output.get("mlp_layer_types") == self._published_mlp_layer_types():
             output.pop("mlp_layer_types")
         if self.attention_kind == "mla":

@@ -1,8 +1,8 @@
-"""DeepSeek language models: dense GQA (DeepSeek-LLM), DeepSeekMoE, and MLA with MoE (V2, V3, R1).
+"""DeepSeek language models: dense GQA (DeepSeek-LLM), DeepSeekMoE, and MLA with MoE (V2, V3, R1, V3.2).
 
 Read from top to bottom: GQA, MLA, the decoder layer, the multi-token-prediction module, the model, its heads.
 
-    attention    ATTENTION_CLASSES[config.attention_kind]: "gqa" or "mla"
+    attention    ATTENTION_CLASSES[config.attention_kind]: "gqa", "mla", or "nsa" (sparse_attention_deepseek.py)
     MLP          config.mlp_layer_types[i]: DeepseekMLP or DeepseekMoE (moe_deepseek.py, where the routers are)
     kernels      transformers' attention interface (`attn_implementation`) and, for the experts of moe_deepseek.py,
                  its @use_experts_implementation (`experts_implementation`)
@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_deepseek import use_growing_layers
+from .cache_deepseek import GrowingLayer, IndexedLayer, NSACacheLayer, use_growing_layers
 from .configuration_deepseek import DeepseekConfig
 from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, apply_rotary, yarn_softmax_factor
 from .loading_deepseek import (
@@ -49,6 +49,15 @@ from .loading_deepseek import (
     register_expert_conversion,
 )
 from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
+from .sparse_attention_deepseek import (
+    BlockCompressor,
+    DeepseekNSA,
+    LightningIndexer,
+    VisibleTokens,
+    find_documents,
+    find_visible_tokens,
+    selected_latent_attention,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -123,8 +132,9 @@ class DeepseekAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, S, hidden_size] -> the same shape, and probabilities [B, H, S, T] where the kernel has them."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """hidden_states [B, S, hidden_size] -> the same shape, probabilities [B, H, S, T] where the kernel has them, and
+        no index loss"""
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, S, D]
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, K, S, D]
@@ -144,7 +154,7 @@ class DeepseekAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), probs
+        return self.o_proj(output.flatten(2)), probs, None
 
 
 class DeepseekMLA(nn.Module):
@@ -168,6 +178,9 @@ class DeepseekMLA(nn.Module):
 
     Absorbed costs 2 (2C + Dr) operations for each head, query and key; expanding costs 2 (Dn + Dr + Dv) and, once
     for each key, 2 C (Dn + Dv). Absorbed is cheaper as long as S <= `max_absorbed_tokens`.
+
+    With `index_topk` (V3.2) an indexer selects that many tokens for each query, and only they are attended to, in
+    absorbed form; as long as there are no more tokens than that, all the above applies.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -198,6 +211,7 @@ class DeepseekMLA(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekRMSNorm(self.kv_lora_rank)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * expanded_width, bias=False)
+        self.indexer = LightningIndexer(config) if config.index_topk is not None else None
         self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=bias)
 
     def forward(
@@ -208,48 +222,61 @@ class DeepseekMLA(nn.Module):
         past_key_values: Cache | None = None,
         has_past: bool = False,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: [B, S, hidden_size].
             position_embeddings: cos, sin, each float32 [B, S, Dr/2].
             attention_mask: what the attention interface takes, for S new tokens; with a past, a mask [B, 1, S, T],
                 bool (false is hidden) or float (added), or None where nothing is hidden.
+                `VisibleTokens` ask for attention to selected tokens.
             has_past: whether the cache holds tokens from before.
 
         Returns:
-            [B, S, hidden_size], and probabilities [B, H, S, T] where they exist.
+            [B, S, hidden_size], probabilities [B, H, S, T] where they exist, and in training the indexer's loss.
         """
-        q_nope, q_rope = self._queries(hidden_states)
+        query_input = hidden_states  # [B, S, hidden_size or q_lora_rank]
+        if self.config.q_lora_rank is not None:
+            query_input = self.q_a_layernorm(self.q_a_proj(hidden_states))
+        q_nope, q_rope = self._queries(query_input)
         latent, k_rope = self._latents(hidden_states)
         with_position = torch.cat((q_rope, k_rope), dim=1)  # [B, H + 1, S, Dr]
         with_position = apply_rotary(with_position, *position_embeddings, layout=self.rope_layout)
         q_rope, k_rope = with_position[:, :-1], with_position[:, -1:]  # [B, H, S, Dr], [B, 1, S, Dr]
+        all_latent, all_k_rope, cache_layer = latent, k_rope, None
         if past_key_values is not None:
             all_latent, all_k_rope = past_key_values.update(
                 latent, k_rope, self.layer_idx
             )  # [B, 1, T, C], [B, 1, T, Dr]
-
             cache_layer = past_key_values.layers[self.layer_idx]
-
-        if not has_past:
-            if past_key_values is not None:
+            if not has_past:
                 cache_layer.kv_b_weight = None  # see _kv_b_weight: a new text begins
+        if self.indexer is not None:
+            # detached: the index loss teaches the indexer and nothing else
+            index_states = self.indexer(hidden_states.detach(), query_input.detach(), position_embeddings)
+            index_key = index_states.key  # [B, S, index_head_dim]
+            if past_key_values is not None:
+                index_key = past_key_values.update_indexer(index_key, self.layer_idx)  # [B, T, index_head_dim]
+
+        index_loss = None
+        if isinstance(attention_mask, VisibleTokens):
+            weight = self._kv_b_weight(latent, cache_layer)
+            index = self.indexer, index_states, index_key
+            output, index_loss = self._selected(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, *index)
+            probs = None
+        elif not has_past:
             output, probs = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
             weight = self._kv_b_weight(latent, cache_layer)
             output, probs = self._absorbed(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight)
         else:
             output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
-        return self.o_proj(output.flatten(2)), probs
+        return self.o_proj(output.flatten(2)), probs, index_loss
 
-    def _queries(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
+    def _queries(self, query_input) -> tuple[torch.Tensor, torch.Tensor]:
         """-> q_nope [B, H, S, Dn], q_rope [B, H, S, Dr], not yet rotated"""
-        if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        query = query.view(*hidden_states.shape[:2], -1, self.qk_head_dim).transpose(1, 2)  # [B, H, S, Dn + Dr]
+        query = self.q_proj(query_input) if self.config.q_lora_rank is None else self.q_b_proj(query_input)
+        query = query.view(*query_input.shape[:2], -1, self.qk_head_dim).transpose(1, 2)  # [B, H, S, Dn + Dr]
         return query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
     def _latents(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,9 +321,7 @@ class DeepseekMLA(nn.Module):
     def _absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask, kv_b_weight):
         """Attention over latents [B, 1, T, C] and keys [B, 1, T, Dr] as they lie in the cache -> [B, S, H, Dv], probs"""
         batch, heads, length, _ = q_nope.shape
-        head_width = self.qk_nope_head_dim + self.v_head_dim
-        up_projections = kv_b_weight.view(heads, head_width, self.kv_lora_rank)  # [H, Dn + Dv, C]
-        w_uk, w_uv = up_projections.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, Dn, C], [H, Dv, C]
+        w_uk, w_uv = self._up_projections(kv_b_weight)  # [H, Dn, C], [H, Dv, C]
         latent, k_rope = latent[:, 0], k_rope[:, 0]  # [B, T, C], [B, T, Dr]
         q_latent = (q_nope * self.scaling) @ w_uk  # [B, H, S, C]
         # All heads read the same keys, so they are rows of one matrix product and the past is read once.
@@ -331,6 +356,27 @@ class DeepseekMLA(nn.Module):
             maximum = new_maximum
         return (output / total).to(q_nope.dtype).transpose(1, 2), None  # [B, S, H, Dv]
 
+    def _selected(self, q_nope, q_rope, latent, k_rope, visible, kv_b_weight, indexer, index_states, index_key):
+        """Attention to selected latents [B, 1, T, C] and keys [B, 1, T, Dr] -> [B, S, H, Dv], index loss or None"""
+        return selected_latent_attention(
+            q_nope * self.scaling,
+            q_rope * self.scaling,
+            latent[:, 0],
+            k_rope[:, 0],
+            self._up_projections(kv_b_weight),
+            indexer,
+            index_states,
+            index_key,
+            visible,
+            attend_all=self.config.index_warmup,
+            learns=self.training and self.config.index_loss_weight > 0 and indexer.learns(),
+        )
+
+    def _up_projections(self, kv_b_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[H * (Dn + Dv), C] -> W_UK [H, Dn, C], W_UV [H, Dv, C]"""
+        by_head = kv_b_weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [H, Dn + Dv, C]
+        return by_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+
     def _kv_b_weight(self, latent: torch.Tensor, cache_layer) -> torch.Tensor:
         """The matrix that kv_b_proj applies, [H * (Dn + Dv), C], also with LoRA, quantised or offloaded.
 
@@ -344,11 +390,13 @@ class DeepseekMLA(nn.Module):
         weight = getattr(cache_layer, "kv_b_weight", None)
         if weight is None or torch.is_grad_enabled():
             identity = torch.eye(self.kv_lora_rank, dtype=latent.dtype, device=latent.device)
-            weight = cache_layer.kv_b_weight = self.kv_b_proj(identity).T
+            weight = self.kv_b_proj(identity).T
+            if cache_layer is not None:
+                cache_layer.kv_b_weight = weight
         return weight
 
 
-ATTENTION_CLASSES = {"gqa": DeepseekAttention, "mla": DeepseekMLA}
+ATTENTION_CLASSES = {"gqa": DeepseekAttention, "mla": DeepseekMLA, "nsa": DeepseekNSA}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -370,16 +418,16 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """hidden_states [B, S, hidden_size], token_mask bool [B, S] -> the new states, and what DeepseekMoE returns
-        besides: balance loss and tokens per expert"""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states [B, S, hidden_size], token_mask bool [B, S] -> the new states, what DeepseekMoE returns besides
+        (balance loss and tokens per expert), and what attention does (the indexer's loss)"""
+        attended, _, index_loss = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if not self.is_sparse:
-            return hidden_states + self.mlp(normed), None, None
+            return hidden_states + self.mlp(normed), None, None, index_loss
         output, balance_loss, load = self.mlp(normed, token_mask)
-        return hidden_states + output, balance_loss, load
+        return hidden_states + output, balance_loss, load, index_loss
 
 
 class DeepseekSharedHead(nn.Module):
@@ -407,7 +455,7 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """hidden_states h^(k-1) and next_embeds, each [B, S, hidden_size] -> h^k and the rest of a decoder layer's"""
         joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)  # [B, S, 2 * hidden_size]
         return super().forward(self.eh_proj(joined), **kwargs)
@@ -427,6 +475,7 @@ class DeepseekModelOutput(ModelOutput):
     attentions: with `output_attentions` and eager attention, probabilities [B, H, S, T] of every layer.
     router_logits: with `output_router_logits`, float32 [B * S, E] of every sparse layer.
     aux_loss: in training with `aux_loss_alpha`, the sum of the layers' balance losses, without that factor.
+    index_loss: in training with `index_topk`, the sum of the layers' indexer losses, without `index_loss_weight`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -435,16 +484,19 @@ class DeepseekModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     aux_loss: torch.FloatTensor | None = None
+    index_loss: torch.FloatTensor | None = None
 
 
 @dataclass
 class DeepseekCausalLMOutput(ModelOutput):
     """
-    loss: with `labels`: `lm_loss`, and in training also mtp_loss_weight * mtp_loss + aux_loss_alpha * aux_loss.
+    loss: with `labels`: `lm_loss`, and in training also mtp_loss_weight * mtp_loss + aux_loss_alpha * aux_loss +
+        index_loss_weight * index_loss.
     logits: [B, S or `logits_to_keep`, vocab_size].
     lm_loss: cross entropy of the next token, nats a token.
     mtp_loss: mean over the multi-token-prediction modules of their cross entropies; in training only.
     aux_loss: sum of the layers' balance losses, without the factor; in training only.
+    index_loss: sum of the layers' indexer losses, without the factor; in training with `index_topk` only.
     The rest as in `DeepseekModelOutput`.
     """
 
@@ -457,6 +509,7 @@ class DeepseekCausalLMOutput(ModelOutput):
     lm_loss: torch.FloatTensor | None = None
     mtp_loss: torch.FloatTensor | None = None
     aux_loss: torch.FloatTensor | None = None
+    index_loss: torch.FloatTensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -482,7 +535,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(target_class=None, index=1, class_name="self_attn"),
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj", "indexer.k_norm"]
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -546,6 +599,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DeepseekExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, BlockCompressor):
+            init.normal_(module.position, mean=0.0, std=std)
 
     def update_router_bias(self, update_rate: float = 1e-3) -> dict[int, torch.Tensor]:
         """`moe_deepseek.update_router_bias` on this model: call it after each optimiser step."""
@@ -602,19 +657,21 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds = self._embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        use_growing_layers(past_key_values)
+        use_growing_layers(past_key_values, self._make_cache_layer)
 
         shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values)
-        hidden_states, balance_losses = inputs_embeds, []
+        hidden_states, balance_losses, index_losses = inputs_embeds, [], []
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states, balance_loss, load = layer(
+            hidden_states, balance_loss, load, index_loss = layer(
                 hidden_states, past_key_values=past_key_values, **shared, **kwargs
             )
             balance_losses += _count(layer, balance_loss, load)
+            index_losses += [] if index_loss is None else [index_loss]
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
             aux_loss=_total(balance_losses),
+            index_loss=_total(index_losses),
         )
 
     def predict_further(
@@ -625,7 +682,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs,
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
         """Runs the multi-token-prediction modules over whole rows, without a cache.
 
         Module k sees token t + k at place t. The last k places of a row have no such token; they get the row's first
@@ -635,19 +692,21 @@ class DeepseekModel(DeepseekPreTrainedModel):
             hidden_states: the model's `last_hidden_state` for the other arguments, which are as in `forward`.
 
         Returns:
-            One [B, S, hidden_size] a module, before its output norm, and the sum of the balance losses (in training).
+            One [B, S, hidden_size] a module, before its output norm; in training also the sums of the modules' balance
+            losses and of their indexers' losses.
         """
         inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values=None)
-        states, balance_losses = [], []
+        states, balance_losses, index_losses = [], [], []
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
             # positional, since reentrant gradient checkpointing tracks only such arguments
-            hidden_states, balance_loss, load = layer(
+            hidden_states, balance_loss, load, index_loss = layer(
                 hidden_states, inputs_embeds.roll(-k, dims=1), **shared, **kwargs
             )
             states.append(hidden_states)
             balance_losses += _count(layer, balance_loss, load)
-        return states, _total(balance_losses)
+            index_losses += [] if index_loss is None else [index_loss]
+        return states, _total(balance_losses), _total(index_losses)
 
     def _shared_by_layers(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
         """What every layer gets alike: mask, positions, rotation angles and which tokens are real."""
@@ -666,6 +725,15 @@ class DeepseekModel(DeepseekPreTrainedModel):
             "token_mask": token_mask,
         }
 
+    def _make_cache_layer(self) -> GrowingLayer:
+        if self.config.attention_kind == "nsa":
+            return NSACacheLayer(window=self.config.nsa_window_size, block=self.config.nsa_compress_block_size)
+        return GrowingLayer() if self.config.index_topk is None else IndexedLayer()
+
+    def _indexer_learns(self) -> bool:
+        indexer = self.layers[0].self_attn.indexer
+        return self.training and self.config.index_loss_weight > 0 and indexer.learns()
+
     def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         try:
             return self.embed_tokens(input_ids)  # [B, S, hidden_size]
@@ -681,8 +749,16 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         GQA has one form for everything. MLA attends to new tokens through the attention interface as long as there
         is no past (then the mask is as if there were no cache), and by matrix products of its own after that (then
-        the mask is a plain tensor, whatever the kernel).
+        the mask is a plain tensor, whatever the kernel). NSA takes the documents' bounds instead of a mask,
+        and MLA with an indexer what is visible, if there is more than it selects or the indexer learns.
         """
+        if self.config.attention_kind == "nsa":
+            has_cache = past_key_values is not None
+            return find_documents(attention_mask, position_ids, int(past_length), has_cache), int(past_length) > 0
+        topk = self.config.index_topk
+        if topk is not None and (int(past_length) + inputs_embeds.shape[1] > topk or self._indexer_learns()):
+            has_cache = past_key_values is not None
+            return find_visible_tokens(attention_mask, position_ids, int(past_length), has_cache), int(past_length) > 0
         arguments = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
         if self.config.attention_kind == "gqa":
             return create_causal_mask(
@@ -774,21 +850,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, positions])  # [B, S or kept, vocab_size]
 
         loss = lm_loss = mtp_loss = None
-        aux_loss = outputs.aux_loss
+        aux_loss, index_loss = outputs.aux_loss, outputs.index_loss
         if labels is not None:
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
             predicts_further = self.config.num_nextn_predict_layers and self.config.mtp_loss_weight
             if self.training and predicts_further and past_key_values is None:
-                states, mtp_aux_loss = self.model.predict_further(
+                states, mtp_aux_loss, mtp_index_loss = self.model.predict_further(
                     outputs.last_hidden_state, input_ids, attention_mask, position_ids, inputs_embeds
                 )
                 mtp_loss = self._mtp_loss(states, labels, position_ids, **kwargs)
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
                 aux_loss = _total([part for part in (aux_loss, mtp_aux_loss) if part is not None])
+                index_loss = _total([part for part in (index_loss, mtp_index_loss) if part is not None])
             if aux_loss is not None:
                 loss = loss + self.config.aux_loss_alpha * aux_loss.to(loss.device)
+            if index_loss is not None:
+                loss = loss + self.config.index_loss_weight * index_loss.to(loss.device)
         return DeepseekCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -799,6 +878,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             lm_loss=lm_loss,
             mtp_loss=mtp_loss,
             aux_loss=aux_loss,
+            index_loss=index_loss,
         )
 
     def _mtp_loss(self, mtp_hidden_states, labels, position_ids, **kwargs) -> torch.Tensor:
@@ -821,7 +901,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """Masks that `generate` prepares outside a compiled step: for MLA as `DeepseekModel._mask` wants them."""
+        """Masks that `generate` prepares outside a compiled step, as `DeepseekModel._mask` wants them."""
+        if config.attention_kind == "nsa":
+            return attention_mask
         if config.attention_kind == "mla":
             if int(past_key_values.get_seq_length()) == 0:
                 return attention_mask

@@ -82,7 +82,19 @@ FAMILIES = {
         "rope_scaling": _yarn(1.0),
     },
     "v3": _V3,
+    "v32": {**_V3, "model_type": "deepseek_v32", "index_topk": 16, "index_n_heads": 16, "index_head_dim": 12},
     "v3_mtp2": {**_V3, "num_nextn_predict_layers": 2},
+    "nsa": {
+        **_COMMON,
+        **_MOE,
+        "model_type": "deepseek_nsa",
+        "num_key_value_heads": 2,
+        "nsa_compress_block_size": 8,
+        "nsa_compress_stride": 4,
+        "nsa_select_block_size": 16,
+        "nsa_num_select_blocks": 4,
+        "nsa_window_size": 12,
+    },
     "v3_mtp0": {**_V3, "num_nextn_predict_layers": 0},
 }
 MAIN_FAMILIES = ("llama", "deepseek", "v2_lite", "v2", "v3")  # without the variations

@@ -117,6 +117,7 @@ def test_a_saved_model_names_the_published_class(family, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     model_type = FAMILIES[family]["model_type"]
     prefix = {"llama": "Llama", "deepseek": "Deepseek", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}
+    prefix |= {"deepseek_v32": "DeepseekV32", "deepseek_nsa": "Deepseek"}  # NSA has no published class
     assert saved["model_type"] == model_type
     assert saved["architectures"] == [f"{prefix[model_type]}ForCausalLM"]
     assert not saved.keys() & {"attention_kind", "checkpoint_model_type", "mlp_layer_types_", "rope_parameters"}
@@ -142,7 +143,8 @@ def test_values_given_in_code_survive(family, tmp_path):
         "rms_norm_eps": 1e-5,
         "initializer_range": 0.01,
         "attention_bias": True,
-        "attention_dropout": 0.1,
+        **({} if family in ("nsa", "v32") else {"attention_dropout": 0.1}),
+        **({"index_loss_weight": 0.5, "index_warmup": True} if family == "v32" else {}),
         "use_cache": False,
         "tie_word_embeddings": True,
         "mtp_loss_weight": 0.1,

@@ -168,12 +168,12 @@ def test_three_forms_of_mla(family, float_mask, dtype, monkeypatch):
     visible = torch.ones(200, 200, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
     visible[1, :, :, 5:9] = torch.eye(200, dtype=torch.bool)[:, 5:9]  # hidden from all but themselves
     added = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-    expected, probs = attention(states, embeddings, added)
+    expected, probs, _ = attention(states, embeddings, added)
     for form, limit in (("_absorbed", 200), ("_blockwise", 199)):
         attention.max_absorbed_tokens = limit
         calls = spy(monkeypatch, form)
         mask, cache = added if float_mask else visible, DynamicCache(config=model.config)
-        actual, actual_probs = attention(states, embeddings, mask, past_key_values=cache, has_past=True)
+        actual, actual_probs, _ = attention(states, embeddings, mask, past_key_values=cache, has_past=True)
         assert calls == [0]
         tolerance = 1e-6 if dtype == torch.float64 else 1e-4  # blockwise sums in float32 always
         assert_close(actual, expected, form, atol=tolerance)

@@ -29,6 +29,7 @@ ALLOWED = {
     "cache_deepseek": set(),
     "loading_deepseek": set(),
     "moe_deepseek": {"layers_deepseek"},
+    "sparse_attention_deepseek": {"layers_deepseek"},
     "modeling_deepseek": set(MODULES) - {"modeling_deepseek"},
 }
 

@@ -143,7 +143,7 @@ def test_mtp_ignores_padding(name, padding):
     modules = model.config.num_nextn_predict_layers
     losses = [[], []]
     for row, ids in enumerate((tokens[:1], short)):
-        states, _ = model.model.predict_further(model.model(ids).last_hidden_state, ids)
+        states, *_ = model.model.predict_further(model.model(ids).last_hidden_state, ids)
         for k in range(1, modules + 1):
             layer = model.model.layers[model.config.num_hidden_layers + k - 1]
             logits = model.lm_head(layer.shared_head.norm(states[k - 1]))[0, : -k - 1]

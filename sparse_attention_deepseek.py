@@ -1,0 +1,1037 @@
+"""Attention that reads only a part of the past: Native Sparse Attention (NSA, arXiv:2502.11089) on grouped heads, and
+DeepSeek Sparse Attention (DSA, DeepSeek-V3.2-Exp report; arXiv:2512.02556) on MLA's latents.
+
+NSA, from top to bottom: the sizes, the definition as slow loops (`nsa_reference`), the three branches as fast functions,
+the two ways to run them (`attend_sequence` for many queries, `attend_gathered` for a few new ones over a cache), and the
+module `DeepseekNSA`. DSA after it: the definition (`dsa_reference`), the indexer, and attention to what it selects, with
+the indexer's training loss; `DeepseekMLA` calls them. No function forms a tensor of queries x keys: queries go in chunks.
+
+Shape letters: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K query heads that share a
+key/value head, D width of a head. The functions work on N = B * K independent streams, each of G query heads over one
+key/value head. Of the paper's letters, l is `block`, d `stride`, l' `select_block`, n `num_select`, w `window`.
+
+A position counts a document's own tokens from 0: left padding has none, and each packed document starts again.
+"""
+
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers_deepseek import apply_rotary
+
+_SCORE_BYTES = 16 * 2**20  # compressed scores held at once; near the size of a CPU's second-level cache
+_MAX_COMPRESS_CHUNK = 128  # queries a chunk of the compressed branch
+_SELECT_CHUNK = 1024  # queries between two sorts of the selected branch
+_WINDOW_TILE = 128  # queries that share one range of keys in the window branch
+_MAX_GATHERED = 8  # up to this many queries over a cache, each gathers its own keys
+_INDEX_BYTES = 16 * 2**20  # products of the indexer held at once
+_LATENT_BYTES = 64 * 2**20  # latents gathered at once
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Definition
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class NSASizes(NamedTuple):
+    """The sizes of NSA, in tokens or in blocks; the paper's values as defaults."""
+
+    block: int = 32  # l, tokens that one compressed entry stands for
+    stride: int = 16  # d, tokens from one entry to the next
+    select_block: int = 64  # l', tokens of a block that is selected as a whole
+    num_select: int = 16  # n, selected blocks a query, the fixed ones counted
+    num_init: int = 1  # first blocks, always selected
+    num_local: int = 2  # last blocks, the query's own counted, always selected
+    window: int = 512  # w, last tokens, the query's own counted
+
+    @classmethod
+    def from_config(cls, config) -> "NSASizes":
+        """The sizes in the `nsa_` fields of a config."""
+        return cls(
+            config.nsa_compress_block_size,
+            config.nsa_compress_stride,
+            config.nsa_select_block_size,
+            config.nsa_num_select_blocks,
+            config.nsa_num_init_blocks,
+            config.nsa_num_local_blocks,
+            config.nsa_window_size,
+        )
+
+    def num_compressed(self, length: int) -> int:
+        """Compressed entries of `length` tokens: only whole blocks have one."""
+        return max(0, (length - self.block) // self.stride + 1)
+
+    def num_blocks(self, length: int) -> int:
+        """Selection blocks that `length` tokens touch, the unfinished last one counted."""
+        return -(-length // self.select_block)
+
+
+def nsa_reference(
+    query: torch.Tensor,
+    compressed: tuple[torch.Tensor, torch.Tensor],
+    selected: tuple[torch.Tensor, torch.Tensor],
+    windowed: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+    sizes: NSASizes,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three branches for one stream, query by query as the paper's eq. 7-12 say; slow, the oracle of the tests.
+
+    Two readings of the paper are fixed here. Eq. 9 counts blocks and compressed entries from 1; read with a count
+    from 0 it would be shifted by a whole block. Eq. 8 lacks the scale of the softmax; with it, p_cmp are the
+    probabilities of the compressed branch.
+
+    Args:
+        query: [T, G, D].
+        compressed: keys and values of the compressed entries, [num_compressed(T), D] each.
+        selected, windowed: keys and values of the other branches, [T, D] each.
+        scaling: factor on the scores.
+        sizes: block and window sizes.
+
+    Returns:
+        outputs of the compressed, selected and window branch, [T, G, D] each, and the selected blocks, bool
+        [T, num_blocks(T)].
+    """
+
+    def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probs = (q @ keys.T * scaling).softmax(dim=-1)  # [G, keys]
+        return probs @ values, probs
+
+    length, num_blocks = query.shape[0], sizes.num_blocks(query.shape[0])
+    units_a_select, units_a_block = sizes.select_block // sizes.stride, sizes.block // sizes.stride
+    outputs, chosen = [[], [], []], torch.zeros(length, num_blocks, dtype=torch.bool)
+    for t in range(length):
+        visible = [i for i in range(len(compressed[0])) if i * sizes.stride + sizes.block - 1 <= t]
+        output, p_cmp = attend(query[t], compressed[0][visible], compressed[1][visible])
+        outputs[0].append(output)  # zeros where nothing is visible
+
+        own = t // sizes.select_block
+        rank = {}
+        for j in range(1, own + 2):  # the paper's j
+            entries = [units_a_select * j - m - n for m in range(units_a_select) for n in range(units_a_block)]
+            importance = sum(p_cmp[:, i - 1].sum().item() for i in entries if 1 <= i <= len(visible))
+            fixed = j - 1 < sizes.num_init or j - 1 > own - sizes.num_local
+            rank[j - 1] = (not fixed, -importance)
+        blocks = sorted(rank, key=rank.get)[: sizes.num_select]
+        chosen[t, blocks] = True
+        keys = [
+            s for j in sorted(blocks) for s in range(j * sizes.select_block, (j + 1) * sizes.select_block) if s <= t
+        ]
+        outputs[1].append(attend(query[t], selected[0][keys], selected[1][keys])[0])
+
+        recent = range(max(0, t - sizes.window + 1), t + 1)
+        outputs[2].append(attend(query[t], windowed[0][recent], windowed[1][recent])[0])
+    return *(torch.stack(branch) for branch in outputs), chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compressed branch, and the choice of blocks from its probabilities
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class BlockCompressor(nn.Module):
+    """phi of eq. 7: one entry for each `stride` tokens, from a whole block of them.
+
+        phi(x_1 .. x_l) = mean(x) + W_2 silu(W_1 [x_1 + e_1; ...; x_l + e_l])
+
+    The paper says "MLP with intra-block position encoding" and no more. Here one MLP serves all heads, and it is added
+    to the mean, so that a fresh model begins near mean pooling and a converted one can begin exactly there (W_2 = 0).
+    """
+
+    def __init__(self, head_dim: int, sizes: NSASizes):
+        super().__init__()
+        self.block, self.stride = sizes.block, sizes.stride
+        self.position = nn.Parameter(torch.zeros(sizes.block, head_dim))  # e
+        self.up_proj = nn.Linear(sizes.block * head_dim, 2 * head_dim, bias=False)
+        self.down_proj = nn.Linear(2 * head_dim, head_dim, bias=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., T, D], T of at least one block -> [..., num_compressed(T), D]"""
+        blocks = states.unfold(-2, self.block, self.stride).transpose(-1, -2)  # [..., n, l, D], a view
+        inputs = (blocks + self.position).flatten(-2)  # [..., n, l * D]
+        return blocks.mean(dim=-2) + self.down_proj(F.silu(self.up_proj(inputs)))
+
+
+def _compressed_probs(
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, scaling: float, sizes: NSASizes, num_seen: int
+) -> torch.Tensor:
+    """Softmax over the compressed entries that end at or before each query's position.
+
+    Args:
+        query: [N, C, G, D].
+        key: [N, n, D].
+        positions: int64 [1 or N, C]; a query before the end of the first block sees nothing and its row is NaN.
+        num_seen: entries that every query sees, so that they need no mask.
+
+    Returns:
+        float32 [N, C, G, n].
+    """
+    num_entries = key.shape[1]
+    rows = (query.float() * scaling).flatten(1, 2)  # [N, C * G, D]
+    scores = (rows @ key.float().transpose(1, 2)).unflatten(1, query.shape[1:3])  # [N, C, G, n]
+    ends = torch.arange(num_seen, num_entries, device=key.device) * sizes.stride + sizes.block - 1
+    hidden = ends > positions[..., None]  # [1 or N, C, n - num_seen]
+    scores[..., num_seen:].masked_fill_(hidden[:, :, None], float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def choose_blocks(mass: torch.Tensor, positions: torch.Tensor, num_blocks: int, sizes: NSASizes) -> torch.Tensor:
+    """The selection blocks that each query reads, eq. 9-11.
+
+    An entry's probability lies on the block / stride units of `stride` tokens that it covers; a selection block gets
+    what lies on its units. With sizes 32, 16, 64 these are the entries 4j-1 .. 4j+3 with weights 1, 2, 2, 2, 1.
+
+    Args:
+        mass: float32 [N, C, n], compressed probabilities summed over the heads of a group.
+        positions: int64 [1 or N, C].
+        num_blocks: blocks up to the one of the last position.
+
+    Returns:
+        int64 [N, C, num_select] in no order; -1 fills up where fewer blocks exist.
+    """
+    units_a_block, units_a_select = sizes.block // sizes.stride, sizes.select_block // sizes.stride
+    num_units = num_blocks * units_a_select
+    padded = F.pad(mass, (units_a_block - 1, num_units - mass.shape[-1]))
+    on_units = sum(padded[..., i : i + num_units] for i in range(units_a_block))  # [N, C, units]
+    importance = on_units.unflatten(-1, (num_blocks, units_a_select)).sum(dim=-1)  # [N, C, blocks]
+
+    own = (positions // sizes.select_block)[..., None]  # [1 or N, C, 1]
+    block = torch.arange(num_blocks, device=mass.device)
+    fixed = (block < sizes.num_init) | (block > own - sizes.num_local)
+    importance.masked_fill_(fixed, float("inf"))
+    importance.masked_fill_(block > own, float("-inf"))
+    best, blocks = importance.topk(min(sizes.num_select, num_blocks), dim=-1, sorted=False)
+    blocks = blocks.masked_fill(best == float("-inf"), -1)
+    return F.pad(blocks, (0, sizes.num_select - blocks.shape[-1]), value=-1)
+
+
+class _CompressedAttention(torch.autograd.Function):
+    """`compressed_attention`; the backward computes the probabilities again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling, first_position, sizes):
+        ctx.save_for_backward(query, key, value)
+        ctx.arguments = scaling, first_position, sizes
+        streams, length, heads, _ = query.shape
+        output = query.new_zeros(streams, length, heads, value.shape[-1])
+        # Before the end of the first compressed block a query reads the block it is in, which is block 0.
+        blocks = torch.full((streams, length, sizes.num_select), -1, device=query.device)
+        blocks[..., 0] = 0
+        for part, positions, probs in _CompressedAttention.chunks(query, key, scaling, first_position, sizes):
+            values = value[:, : probs.shape[-1]].float()
+            output[:, part] = (probs.flatten(1, 2) @ values).unflatten(1, (-1, heads)).to(output.dtype)
+            num_blocks = sizes.num_blocks(int(positions[0, -1]) + 1)
+            blocks[:, part] = choose_blocks(probs.sum(dim=2), positions, num_blocks, sizes)
+        ctx.mark_non_differentiable(blocks)
+        return output, blocks
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        query, key, value = ctx.saved_tensors
+        scaling, first_position, sizes = ctx.arguments
+        grad_query = torch.zeros_like(query)
+        grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
+        for part, _, probs in _CompressedAttention.chunks(query, key, scaling, first_position, sizes):
+            seen, heads = slice(probs.shape[-1]), query.shape[2]
+            probs = probs.flatten(1, 2)  # [N, C * G, n]
+            grad = grad_output[:, part].flatten(1, 2).float()  # [N, C * G, D]
+            grad_value[:, seen] += probs.transpose(1, 2) @ grad
+            grad_probs = grad @ value[:, seen].float().transpose(1, 2)  # [N, C * G, n]
+            grad_probs -= (probs * grad_probs).sum(dim=-1, keepdim=True)
+            grad_scores = grad_probs.mul_(probs).mul_(scaling)
+            grad_query[:, part] = (grad_scores @ key[:, seen].float()).unflatten(1, (-1, heads)).to(query.dtype)
+            grad_key[:, seen] += grad_scores.transpose(1, 2) @ query[:, part].flatten(1, 2).float()
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+
+    @staticmethod
+    def chunks(query, key, scaling, first_position, sizes):
+        """Yields chunks of queries that see something: their slice, positions [1, C], probabilities [N, C, G, n]."""
+        streams, length, heads, _ = query.shape
+        row_bytes = 4 * streams * heads * max(1, key.shape[1])
+        chunk = min(_MAX_COMPRESS_CHUNK, max(1, _SCORE_BYTES // row_bytes))
+        for start in range(max(0, sizes.block - 1 - first_position), length, chunk):
+            part = slice(start, min(start + chunk, length))
+            positions = torch.arange(first_position + part.start, first_position + part.stop, device=query.device)[
+                None
+            ]
+            seen_by_all = sizes.num_compressed(first_position + part.start + 1)
+            seen = sizes.num_compressed(first_position + part.stop)
+            yield (
+                part,
+                positions,
+                _compressed_probs(query[:, part], key[:, :seen], positions, scaling, sizes, seen_by_all),
+            )
+
+
+def compressed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, first_position: int, sizes: NSASizes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to compressed entries, and the blocks that its probabilities select. Gradients flow through the output.
+
+    Args:
+        query: [N, S, G, D], at positions first_position, first_position + 1, ...
+        key, value: [N, n, D], the entries of first_position + S tokens.
+
+    Returns:
+        [N, S, G, D], zero where no entry is visible, and int64 [N, S, num_select], -1 where there are fewer blocks.
+    """
+    return _CompressedAttention.apply(query, key, value, scaling, first_position, sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Selected branch
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _SelectedAttention(torch.autograd.Function):
+    """`selected_attention`, block by block: all queries that chose a block are rows of one matrix product.
+
+    A block is then read once for many queries, where going query by query would copy num_select * select_block keys
+    and values for each. The results for a query meet by online softmax; the backward uses its log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, blocks, scaling, first_position, select_block):
+        ctx.arguments = scaling, first_position, select_block
+        output = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=torch.float32)
+        maximum = query.new_full((*query.shape[:3], 1), float("-inf"), dtype=torch.float32)
+        total = torch.zeros_like(maximum)
+        for stream, tokens, rows, scores in _SelectedAttention.block_scores(query, key, blocks, *ctx.arguments):
+            old_maximum = maximum[stream].index_select(0, rows)  # [R, G, 1]
+            new_maximum = torch.maximum(old_maximum, scores.amax(dim=-1, keepdim=True))
+            probs = scores.sub_(new_maximum).exp_()  # [R, G, tokens], without the division
+            decay = (old_maximum - new_maximum).exp_()
+            new_total = total[stream].index_select(0, rows).mul_(decay).add_(probs.sum(dim=-1, keepdim=True))
+            new_output = output[stream].index_select(0, rows).mul_(decay)  # [R, G, D]
+            new_output.flatten(0, 1).addmm_(probs.flatten(0, 1), value[stream, tokens].float())
+            maximum[stream].index_copy_(0, rows, new_maximum)
+            total[stream].index_copy_(0, rows, new_total)
+            output[stream].index_copy_(0, rows, new_output)
+        output = output.div_(total).to(query.dtype)
+        ctx.save_for_backward(query, key, value, blocks, output, maximum.add_(total.log_()))
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        query, key, value, blocks, output, log_sum_exp = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))
+        mean_grad = (grad_output.float() * output.float()).sum(dim=-1, keepdim=True)  # [N, S, G, 1]
+        scaling = ctx.arguments[0]
+        for stream, tokens, rows, scores in _SelectedAttention.block_scores(query, key, blocks, *ctx.arguments):
+            probs = scores.sub_(log_sum_exp[stream].index_select(0, rows)).exp_()  # [R, G, tokens]
+            grad = grad_output[stream].index_select(0, rows).float()  # [R, G, D]
+            grad_scores = grad @ value[stream, tokens].float().T
+            grad_scores.sub_(mean_grad[stream].index_select(0, rows)).mul_(probs).mul_(scaling)  # [R, G, tokens]
+            grad_query[stream].index_add_(0, rows, grad_scores @ key[stream, tokens].float())
+            queries = query[stream].index_select(0, rows).flatten(0, 1).float()  # [R * G, D]
+            grad_key[stream, tokens] += grad_scores.flatten(0, 1).T @ queries
+            grad_value[stream, tokens] += probs.flatten(0, 1).T @ grad.flatten(0, 1)
+        grads = grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+        return *grads, None, None, None, None
+
+    @staticmethod
+    def block_scores(query, key, blocks, scaling, first_position, select_block):
+        """Yields, for each block and chunk of queries, the stream, the block's tokens (a slice), the queries that chose
+        it (int64 [R], ascending) and their scores, float32 [R, G, tokens], -inf for tokens after a query."""
+        streams, length, num_select = blocks.shape
+        for stream in range(streams):
+            for start in range(0, length, _SELECT_CHUNK):
+                choices = blocks[stream, start : start + _SELECT_CHUNK].flatten()  # [C * num_select]
+                counts = torch.bincount(choices + 1).tolist()  # of -1, 0, 1, ...
+                chosen_by = (choices.argsort(stable=True) // num_select + start).split(counts)
+                for block, rows in enumerate(chosen_by[1:]):
+                    if not len(rows):
+                        continue
+                    tokens = slice(block * select_block, min((block + 1) * select_block, key.shape[1]))
+                    queries = query[stream].index_select(0, rows).float()  # [R, G, D]
+                    scores = (queries.flatten(0, 1) @ (key[stream, tokens].float() * scaling).T).unflatten(
+                        0, queries.shape[:2]
+                    )  # [R, G, tokens]
+                    if tokens.stop > first_position + int(rows[0]):
+                        token = torch.arange(tokens.start, tokens.stop, device=key.device)
+                        hidden = token > first_position + rows[:, None]  # [R, tokens]
+                        scores.masked_fill_(hidden[:, None], float("-inf"))
+                    yield stream, tokens, rows, scores
+
+
+def selected_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: torch.Tensor,
+    scaling: float,
+    first_position: int,
+    select_block: int,
+) -> torch.Tensor:
+    """Attention of each query to the tokens, up to its own, of the blocks chosen for it.
+
+    Args:
+        query: [N, S, G, D], at positions first_position, first_position + 1, ...
+        key, value: [N, first_position + S, D].
+        blocks: int64 [N, S, num_select], without repetition; -1 stands for none. Each query's own block is among them.
+
+    Returns:
+        [N, S, G, D].
+    """
+    return _SelectedAttention.apply(query, key, value, blocks, scaling, first_position, select_block)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Window branch
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def window_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int
+) -> torch.Tensor:
+    """Attention of each query to the last `window` tokens, itself counted, in tiles of queries.
+
+    Args:
+        query: [N, S, G, D].
+        key, value: [N, T, D] with T >= S; the last key belongs to the last query. At least the window - 1 keys before
+            the first query must be there, if so many exist.
+
+    Returns:
+        [N, S, G, D].
+    """
+    length, heads = query.shape[1:3]
+    past = min(key.shape[1] - length, window - 1)  # keys before the first query
+    reach = -(-(window - 1) // _WINDOW_TILE)  # tiles before a query's own that its window may touch
+    # split and cat rather than slices, whose gradients would each be as long as the sequence
+    key_tiles, value_tiles = (
+        (states[:, -length - past : -length], *states[:, -length:].split(_WINDOW_TILE, dim=1))
+        for states in (key, value)
+    )
+    outputs = []
+    for i, queries in enumerate(query.split(_WINDOW_TILE, dim=1)):
+        near = slice(max(0, i + 1 - reach), i + 2)  # the past is tile 0
+        keys, values = (torch.cat(tiles[near], dim=1)[:, None] for tiles in (key_tiles, value_tiles))  # [N, 1, t, D]
+        age = torch.arange(queries.shape[1], device=key.device)[:, None] - torch.arange(
+            queries.shape[1] - keys.shape[2], queries.shape[1], device=key.device
+        )  # [C, t], tokens from key to query
+        output = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),  # [N, G, C, D]
+            keys.expand(-1, heads, -1, -1),
+            values.expand(-1, heads, -1, -1),
+            attn_mask=(age >= 0) & (age < window),
+            scale=scaling,
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All branches
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class NSAStates(NamedTuple):
+    """What queries attend to. Keys are rotated, those of `compressed` by the position of their block's first token."""
+
+    compressed: tuple[torch.Tensor, torch.Tensor]  # keys and values [B, K, entries, D]
+    selected: tuple[torch.Tensor, torch.Tensor]  # [B, K, T, D]
+    windowed: tuple[torch.Tensor, torch.Tensor]  # the last ones, [B, K, at least min(T, S + window - 1), D]
+
+
+def attend_sequence(
+    query: torch.Tensor, states: NSAStates, gates: torch.Tensor, scaling: float, sizes: NSASizes
+) -> torch.Tensor:
+    """NSA for sequences of one length, eq. 5: the sum over the branches of gate * attention.
+
+    Args:
+        query: [B, H, S, D], the last S of T tokens.
+        states: all with T tokens from position 0 on.
+        gates: [B, H, S, 3], in the order of `NSAStates`.
+
+    Returns:
+        [B, H, S, D].
+    """
+    batch, _, length, _ = query.shape
+    num_key_value_heads = states.selected[0].shape[1]
+    queries = query.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)  # [N, S, G, D]
+    compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
+    first = selected[0].shape[1] - length
+    from_compressed, blocks = compressed_attention(queries, *compressed, scaling, first, sizes)
+    from_selected = selected_attention(queries, *selected, blocks, scaling, first, sizes.select_block)
+    from_window = window_attention(queries, *windowed, scaling, sizes.window)
+    gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).unbind(-1)  # [N, S, G] each
+    output = sum(
+        branch * gate[..., None]
+        for branch, gate in zip((from_compressed, from_selected, from_window), gates, strict=True)
+    )
+    return output.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, S, D]
+
+
+def attend_gathered(
+    query: torch.Tensor,
+    states: NSAStates,
+    starts: torch.Tensor | None,
+    gates: torch.Tensor,
+    scaling: float,
+    sizes: NSASizes,
+) -> torch.Tensor:
+    """As `attend_sequence`, for few queries and rows that begin at different slots: each query gathers its own keys.
+
+    Args:
+        query: [B, H, S, D], the last S of the T slots.
+        states: `selected` of T slots; `compressed` as each row's own blocks count, with room behind them.
+        starts: int64 [B], the slot of each row's first token; None if all begin at slot 0. Queries before the first
+            token get some finite output.
+        gates: [B, H, S, 3].
+
+    Returns:
+        [B, H, S, D].
+    """
+    batch, _, length, _ = query.shape
+    num_key_value_heads, num_slots = states.selected[0].shape[1:3]
+    queries = query.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)  # [N, S, G, D]
+    compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
+    streams = torch.arange(len(queries), device=query.device)
+    slots = torch.arange(num_slots - length, num_slots, device=query.device)  # [S], of the queries
+    start = streams.new_zeros(1) if starts is None else starts.repeat_interleave(num_key_value_heads)  # [1 or N]
+    positions = (slots - start[:, None]).clamp(min=0)  # [1 or N, S]
+
+    key, value = (states[:, : sizes.num_compressed(num_slots)] for states in compressed)
+    if key.shape[1]:
+        probs = _compressed_probs(queries, key, positions, scaling, sizes, num_seen=0)  # [N, S, G, n]
+        probs = probs.masked_fill((positions < sizes.block - 1)[..., None, None], 0.0)
+        from_compressed = (probs.flatten(1, 2) @ value.float()).unflatten(1, probs.shape[1:3])  # [N, S, G, D]
+        mass = probs.sum(dim=2)  # [N, S, n]
+    else:
+        from_compressed, mass = 0.0, queries.new_zeros(len(queries), length, 0, dtype=torch.float32)
+    blocks = choose_blocks(mass, positions, sizes.num_blocks(num_slots), sizes)  # [N, S, num_select]
+
+    in_block = torch.arange(sizes.select_block, device=query.device)
+    tokens = (blocks[..., None] * sizes.select_block + in_block).flatten(-2)  # [N, S, t], positions
+    seen = (tokens <= positions[..., None]) & (blocks >= 0).repeat_interleave(sizes.select_block, dim=-1)
+    chosen = (tokens + start[:, None, None]).clamp(0, num_slots - 1)  # [N, S, t], slots
+    key, value = (states[streams[:, None, None], chosen] for states in selected)  # [N, S, t, D]
+    from_selected = _attend(queries, key, value, seen, scaling)
+
+    recent = torch.arange(max(0, num_slots - length - sizes.window + 1), num_slots, device=query.device)  # [t], slots
+    age = slots[:, None] - recent  # [S, t]
+    seen = (age >= 0) & (age < sizes.window) & (recent >= start[:, None, None])  # [1 or N, S, t]
+    seen = seen | (age == 0)  # a query before the first token has itself, so that no row is empty
+    key, value = (states[:, None, -len(recent) :] for states in windowed)  # [N, 1, t, D]
+    from_window = _attend(queries, key, value, seen, scaling)
+
+    gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).unbind(-1)  # [N, S, G] each
+    branches = zip((from_compressed, from_selected, from_window), gates, strict=True)
+    output = sum(branch * gate.float()[..., None] for branch, gate in branches).to(query.dtype)
+    return output.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, S, D]
+
+
+def _attend(query, key, value, seen, scaling) -> torch.Tensor:
+    """query [N, S, G, D]; key, value [N, S or 1, t, D]; seen bool [1 or N, S, t] -> float32 [N, S, G, D]"""
+    scores = (query.float() * scaling) @ key.float().transpose(-1, -2)  # [N, S, G, t]
+    return scores.masked_fill(~seen[:, :, None], float("-inf")).softmax(dim=-1) @ value.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Documents in a batch
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """A document: the slots start .. stop - 1 of a row."""
+
+    row: int
+    start: int
+    stop: int
+
+
+def find_documents(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_length: int, has_cache: bool
+) -> list[Span] | None:
+    """Where a batch's documents lie, in order; None if every row is one document from its first slot to its last.
+
+    Args:
+        attention_mask: [B, past_length + S], 1 for tokens and 0 for padding. None: no padding; then, without a cache,
+            a document begins wherever the positions do not go on by one.
+        position_ids: int64 [B or 1, S].
+        past_length: tokens in the cache.
+
+    Raises:
+        ValueError: the mask has another shape, or padding between the tokens of a row.
+    """
+    length = past_length + position_ids.shape[1]
+    if attention_mask is None:
+        if has_cache or bool((position_ids.diff(dim=1) == 1).all()):
+            return None
+        spans = []
+        for row, positions in enumerate(position_ids):
+            begins = [0, *((positions.diff() != 1).nonzero().flatten() + 1).tolist(), length]
+            spans += [Span(row, *bounds) for bounds in pairwise(begins)]
+        return spans
+
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; with NSA it must be [batch, tokens], here "
+            f"{length} tokens (the cache's counted), 1 for tokens and 0 for padding."
+        )
+    mask = attention_mask[:, :length].bool()
+    if bool(mask.all()):
+        return None
+    counts = mask.sum(dim=1).tolist()
+    starts = mask.int().argmax(dim=1).tolist()
+    stops = (length - mask.flip(1).int().argmax(dim=1)).tolist()
+    spans = [Span(row, starts[row], stops[row]) for row in range(len(counts)) if counts[row]]
+    for span in spans:
+        if span.stop - span.start != counts[span.row]:
+            raise ValueError(
+                f"`attention_mask` has padding between the tokens of row {span.row}; NSA counts blocks from a row's "
+                "first token, so padding may only stand before or behind all of them. Pad on the left to generate."
+            )
+    return spans
+
+
+def _split_documents(states: torch.Tensor, spans: list[Span]) -> list[torch.Tensor]:
+    """[B, heads, L, D] -> the documents, [1, heads, length, D] each. By one split, whose gradient is one cat."""
+    batch, _, length, _ = states.shape
+    tokens = states.transpose(1, 2).flatten(0, 1)  # [B * L, heads, D]
+    pieces = tokens.split(_alternating_lengths(spans, batch, length))
+    return [piece.transpose(0, 1)[None] for piece in pieces[1::2]]
+
+
+def _join_documents(outputs: list[torch.Tensor], spans: list[Span], like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_split_documents`, of the shape [B, heads, L, D] of `like`; zeros where there is no document."""
+    batch, heads, length, width = like.shape
+    pieces = [like.new_zeros(gap, heads, width) for gap in _alternating_lengths(spans, batch, length)[0::2]]
+    for i, output in enumerate(outputs):
+        pieces.insert(2 * i + 1, output[0].transpose(0, 1))  # [length, heads, D]
+    return torch.cat(pieces).view(batch, length, heads, width).transpose(1, 2)
+
+
+def _alternating_lengths(spans: list[Span], batch: int, length: int) -> list[int]:
+    """gap, document, gap, ..., document, gap: in slots of the flattened batch."""
+    bounds = [0, *(row * length + slot for row, *ends in spans for slot in ends), batch * length]
+    return [stop - start for start, stop in pairwise(bounds)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Module
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class DeepseekNSA(nn.Module):
+    """Native sparse attention on grouped-query attention: a gated sum of three branches, eq. 5.
+
+        o_t = sum_c sigmoid(W_g h_t)_c * attention(q_t, keys_c, values_c),   c in compressed, selected, window
+
+    Each branch has its own keys and values. The compressed branch reads one entry for each `stride` tokens; the
+    selected branch the blocks of tokens to which the compressed probabilities of its group of heads point; the window
+    branch the last tokens. Memory grows linearly with the sequence; so does the work of the last two branches, while
+    the compressed one still reads T / stride entries a query, 1 / 16 of dense attention with the paper's sizes.
+
+    The paper leaves open, and here is chosen: phi (`BlockCompressor`, one for keys and one for values, for all heads);
+    compressed keys are made of keys without rotation and then rotated by the position of their block's first token;
+    gates are one linear map of the layer's input, for each head and branch, and begin at 1/2.
+
+    The choice of blocks has no gradient; it is learned because the compressed branch shares its scores.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.sizes = NSASizes.from_config(config)
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
+        self.compress_k_proj = nn.Linear(hidden, key_width, bias=bias)
+        self.compress_v_proj = nn.Linear(hidden, key_width, bias=bias)
+        self.select_k_proj = nn.Linear(hidden, key_width, bias=bias)
+        self.select_v_proj = nn.Linear(hidden, key_width, bias=bias)
+        self.window_k_proj = nn.Linear(hidden, key_width, bias=bias)
+        self.window_v_proj = nn.Linear(hidden, key_width, bias=bias)
+        self.compress_key = BlockCompressor(self.head_dim, self.sizes)
+        self.compress_value = BlockCompressor(self.head_dim, self.sizes)
+        self.branch_gate = nn.Linear(hidden, heads * 3, bias=True)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: list[Span] | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None, None]:
+        """
+        Args:
+            hidden_states: [B, S, hidden_size].
+            position_embeddings: cos, sin, each float32 [B, S, D/2].
+            attention_mask: the documents, as `find_documents` gives them.
+
+        Returns:
+            [B, S, hidden_size]; there are no attention maps and no index loss.
+
+        Raises:
+            ValueError: the cache's layer is not an `NSACacheLayer`.
+        """
+
+        def heads(states: torch.Tensor, rotate: bool = False) -> torch.Tensor:
+            states = states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, S, D]
+            return apply_rotary(states, *position_embeddings, layout="half") if rotate else states
+
+        query = heads(self.q_proj(hidden_states), rotate=True)  # [B, H, S, D]
+        gates = self.branch_gate(hidden_states).sigmoid().unflatten(-1, (-1, 3)).transpose(1, 2)  # [B, H, S, 3]
+        selected = heads(self.select_k_proj(hidden_states), rotate=True), heads(self.select_v_proj(hidden_states))
+        windowed = heads(self.window_k_proj(hidden_states), rotate=True), heads(self.window_v_proj(hidden_states))
+        angles = torch.cat(position_embeddings, dim=-1)[:, None].expand(len(query), -1, -1, -1)  # [B, 1, S, D]
+        raw = heads(self.compress_k_proj(hidden_states)), heads(self.compress_v_proj(hidden_states)), angles
+        if past_key_values is None:
+            output = self._attend_new(query, gates, selected, windowed, raw, attention_mask)
+        else:
+            output = self._attend_cached(query, gates, selected, windowed, raw, attention_mask, past_key_values)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None, None
+
+    def _compress(self, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor):
+        """Raw keys and values [B, K, T, D], angles [B, 1, T, D] -> compressed ones, [B, K, num_compressed(T), D] each"""
+        num_entries = self.sizes.num_compressed(key.shape[2])
+        if not num_entries:
+            return key[:, :, :0], value[:, :, :0]
+        cos, sin = angles[:, 0, :: self.sizes.stride][:, :num_entries].chunk(2, dim=-1)  # of the blocks' first tokens
+        return apply_rotary(self.compress_key(key), cos, sin, layout="half"), self.compress_value(value)
+
+    def _attend_new(self, query, gates, selected, windowed, raw, spans) -> torch.Tensor:
+        """Attention of tokens among themselves -> [B, H, S, D]"""
+        if spans is None:
+            states = NSAStates(self._compress(*raw), selected, windowed)
+            return attend_sequence(query, states, gates, self.scaling, self.sizes)
+        documents = zip(*(_split_documents(x, spans) for x in (query, gates, *selected, *windowed, *raw)), strict=True)
+        outputs = [
+            self._attend_new(query, gates, rest[:2], rest[2:4], rest[4:], None) for query, gates, *rest in documents
+        ]
+        return _join_documents(outputs, spans, like=query)
+
+    def _attend_cached(self, query, gates, selected, windowed, raw, spans, past_key_values) -> torch.Tensor:
+        """Attention of new tokens to the cache and themselves, after they are put into it -> [B, H, S, D]"""
+        sizes, length = self.sizes, query.shape[2]
+        past = past_key_values.get_seq_length(self.layer_idx)
+        total = past + length
+        past_key_values.update(*selected, self.layer_idx, windowed=windowed, raw=raw)
+        layer = past_key_values.layers[self.layer_idx]
+        if not hasattr(layer, "put_compressed"):
+            raise ValueError(
+                f"Layer {self.layer_idx} of `past_key_values` is a {type(layer).__name__}, which has no room for what "
+                "NSA caches. Pass an empty `DynamicCache()` without offloading, or none."
+            )
+        if spans is None:
+            parts = [(slice(None), 0, total)]
+        else:
+            spans = [span for span in spans if span.stop > past]
+            parts = [(slice(row, row + 1), start, stop) for row, start, stop in spans]
+
+        for rows, start, stop in parts:  # compress the blocks that are now complete
+            first, last = sizes.num_compressed(past - start), sizes.num_compressed(stop - start)
+            if last > first:
+                begin, end = start + first * sizes.stride, start + (last - 1) * sizes.stride + sizes.block
+                layer.put_compressed(rows, first, *self._compress(*layer.recent(layer.raw, rows, begin, end)))
+
+        if past and length <= _MAX_GATHERED:
+            states = NSAStates(layer.compressed, (layer.keys, layer.values), layer.windowed)
+            starts = None
+            if spans is not None:
+                starts = torch.full((len(query),), total, device=query.device)
+                starts[[span.row for span in spans]] = starts.new_tensor([span.start for span in spans])
+            output = attend_gathered(query, states, starts, gates, self.scaling, sizes)
+        else:
+            outputs, places = [], []
+            for rows, start, stop in parts:
+                new = slice(max(start - past, 0), stop - past)
+                oldest = max(start, past + new.start - sizes.window + 1)
+                states = NSAStates(
+                    tuple(x[rows, :, : sizes.num_compressed(stop - start)] for x in layer.compressed),
+                    tuple(x[rows, :, start:stop] for x in (layer.keys, layer.values)),
+                    layer.recent(layer.windowed, rows, oldest, stop),
+                )
+                outputs.append(attend_sequence(query[rows, :, new], states, gates[rows, :, new], self.scaling, sizes))
+                places.append(Span(rows.start, new.start, new.stop))
+            output = outputs[0] if spans is None else _join_documents(outputs, places, like=query)
+        layer.trim()
+        return output
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# DeepSeek sparse attention: the lightning indexer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def dsa_reference(
+    query: torch.Tensor, weights: torch.Tensor, key: torch.Tensor, visible: torch.Tensor, topk: int
+) -> list[set[int]]:
+    """The tokens that each query of one row selects, loop by loop as eq. 1-2 of the V3.2-Exp report say; for tests.
+
+        I_ts = sum_j w_tj ReLU(q_tj . k_s),   S_t = the topk visible tokens s with the largest I_ts
+
+    Args:
+        query: [S, H, D]; weights: [S, H]; key: [T, D], of the indexer.
+        visible: bool [S, T].
+    """
+    chosen = []
+    for t in range(len(query)):
+        scores = {
+            s: sum(
+                weights[t, j].item() * max(0.0, torch.dot(query[t, j], key[s]).item()) for j in range(query.shape[1])
+            )
+            for s in range(len(key))
+            if visible[t, s]
+        }
+        chosen.append(set(sorted(scores, key=scores.get, reverse=True)[:topk]))
+    return chosen
+
+
+class VisibleTokens(NamedTuple):
+    """Which of T slots S new queries, in the last S slots, may see: their document's tokens up to themselves."""
+
+    total: int  # T
+    tokens: torch.Tensor | None  # bool [B, T], false for padding; None if there is none
+    first: torch.Tensor | None  # int64 [B or 1, S], where each query's document begins; None if at slot 0
+
+    def mask(self, queries: slice, keys: slice, length: int, device) -> torch.Tensor:
+        """bool [B or 1, C, n] for some of the S = `length` queries and some of the slots."""
+        slots = torch.arange(self.total - length, self.total, device=device)[queries, None]  # [C, 1]
+        keys_slots = torch.arange(self.total, device=device)[keys]  # [n]
+        mask = (keys_slots <= slots)[None]
+        if self.first is not None:
+            mask = mask & (keys_slots >= self.first[:, queries, None])
+        return mask if self.tokens is None else mask & self.tokens[:, None, keys]
+
+
+def find_visible_tokens(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_length: int, has_cache: bool
+) -> VisibleTokens:
+    """As `find_documents`, for attention that needs no contiguous documents.
+
+    Raises:
+        ValueError: the mask is not one of tokens and padding.
+    """
+    length = position_ids.shape[1]
+    total = past_length + length
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < total:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}; with an indexer it must be [batch, "
+                f"tokens], here {total} tokens (the cache's counted), 1 for tokens and 0 for padding."
+            )
+        return VisibleTokens(total, attention_mask[:, :total].bool(), None)
+    if has_cache:
+        return VisibleTokens(total, None, None)
+    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # [B or 1, S]
+    slots = torch.arange(length, device=position_ids.device)
+    return VisibleTokens(total, None, (slots * begins).cummax(dim=1).values)
+
+
+class IndexStates(NamedTuple):
+    """What the indexer makes of S tokens."""
+
+    query: torch.Tensor  # [B, S, H, D]
+    weights: torch.Tensor  # float32 [B, S, H], scaled
+    key: torch.Tensor  # [B, S, D], one for all heads; these are cached
+
+
+class LightningIndexer(nn.Module):
+    """Scores every past token for every query at a small part of attention's cost, V3.2-Exp eq. 1.
+
+        I_ts = sum_j w_tj ReLU(q_tj . k_s)
+        q_t = W_QB (query latent),   k_s = LayerNorm(W_K h_s),   w_t = W_W h_t / sqrt(heads * width)
+
+    RoPE turns the first qk_rope_head_dim numbers of q and k, in the "half" layout, unlike the attention it serves.
+    DeepSeek's code also applies a Hadamard transform to q and k, which changes no product, and rounds both to FP8,
+    which is left out. LayerNorm and head weights are float32 in a loaded model, scores always.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.index_n_heads
+        self.head_dim = config.index_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.topk = config.index_topk
+        self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        query_latent: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> IndexStates:
+        """hidden_states [B, S, hidden_size], query_latent [B, S, q_lora_rank], cos and sin [B, S, Dr/2]"""
+        query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, S, D]
+        key = self.k_norm(self.wk(hidden_states).to(self.k_norm.weight.dtype))  # [B, S, D]
+        states = torch.cat((query, key[:, None].to(query.dtype)), dim=1)  # [B, H + 1, S, D]
+        rotated = apply_rotary(states[..., : self.rope_dim], *position_embeddings, layout="half")
+        states = torch.cat((rotated, states[..., self.rope_dim :]), dim=-1)
+        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()
+        return IndexStates(
+            states[:, :-1].transpose(1, 2), weights * (self.num_heads * self.head_dim) ** -0.5, states[:, -1]
+        )
+
+    def learns(self) -> bool:
+        """Whether a loss would teach it anything: not where it is frozen, as under LoRA."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @torch.no_grad()
+    def select(self, states: IndexStates, key: torch.Tensor, visible: VisibleTokens, queries: slice) -> torch.Tensor:
+        """The `topk` visible tokens with the best scores, by a running top-k over blocks of keys.
+
+        Args:
+            states: of all S queries; `queries` are those to answer for.
+            key: [B, T, D].
+
+        Returns:
+            int64 [B, C, at most topk], in no order; -1 stands for none.
+        """
+        length = states.query.shape[1]
+        end = visible.total - length + queries.stop  # what comes later, none of these queries sees
+        query, weights = states.query[:, queries], states.weights[:, queries]
+        best = torch.empty(*query.shape[:2], 0, device=key.device)
+        chosen = torch.empty(*query.shape[:2], 0, dtype=torch.int64, device=key.device)
+        block = max(self.topk, _INDEX_BYTES // (4 * query[..., 0].numel()))
+        for start in range(0, end, block):
+            keys = slice(start, min(start + block, end))
+            scores = index_scores(query, weights, key[:, keys])  # [B, C, n]
+            scores.masked_fill_(~visible.mask(queries, keys, length, key.device), float("-inf"))
+            slots = torch.arange(keys.start, keys.stop, device=key.device).expand_as(scores)
+            scores, slots = torch.cat((best, scores), dim=-1), torch.cat((chosen, slots), dim=-1)
+            best, places = scores.topk(min(self.topk, scores.shape[-1]), dim=-1, sorted=False)
+            chosen = slots.gather(-1, places)
+        return chosen.masked_fill(best == float("-inf"), -1)
+
+
+def index_scores(query: torch.Tensor, weights: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query [B, C, H, D], weights [B, C, H], key [B, n, D] or, for each query its own, [B, C, n, D] -> float32 [B, C, n]"""
+    products = _products(query.float(), key.float()).relu_()  # [B, C, H, n]
+    return (weights[:, :, None] @ products)[:, :, 0]
+
+
+def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query [B, C, H, D]; key [B, n, D] or, for each query its own, [B, C, n, D] -> [B, C, H, n]"""
+    if key.ndim == 4:
+        return query @ key.transpose(-1, -2)
+    return (query.flatten(1, 2) @ key.transpose(1, 2)).unflatten(1, query.shape[1:3])
+
+
+def attend_latents(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    up_projections: tuple[torch.Tensor, torch.Tensor],
+    seen: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed MLA of a few queries: the latents themselves are keys and values.
+
+    Args:
+        q_nope: [B, H, C, Dn] and q_rope: [B, H, C, Dr], already scaled.
+        latent, k_rope: [B, n, width], or for each query its own, [B, C, n, width].
+        up_projections: W_UK [H, Dn, width of the latent] and W_UV [H, Dv, width].
+        seen: bool [B or 1, C, n].
+
+    Returns:
+        [B, C, H, Dv] and probabilities float32 [B, C, H, n].
+    """
+    w_uk, w_uv = up_projections
+    q_latent = (q_nope @ w_uk).transpose(1, 2)  # [B, C, H, width]
+    scores = _products(q_latent, latent) + _products(q_rope.transpose(1, 2), k_rope)  # [B, C, H, n]
+    # finite, so that a query that sees nothing (padding) stays finite
+    scores = scores.float().masked_fill(~seen[:, :, None], torch.finfo(torch.float32).min)
+    probs = scores.softmax(dim=-1)
+    mixed = _products(probs.to(latent.dtype), latent.transpose(-1, -2))  # [B, C, H, width]
+    return (mixed.transpose(1, 2) @ w_uv.transpose(1, 2)).transpose(1, 2), probs
+
+
+def gather_tokens(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """states [B, T, D], slots int64 [B, C, n], -1 for none (which gives slot 0) -> [B, C, n, D]"""
+    batch, length, _ = states.shape
+    rows = slots.clamp(min=0) + length * torch.arange(batch, device=slots.device)[:, None, None]
+    return states.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, slots.shape)
+
+
+def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """KL(attention summed over heads and normalised || softmax of index scores), summed over the queries.
+
+    Args:
+        probs: [B, C, H, n], constants here.
+        scores: [B, C, n].
+        seen: bool [B or 1, C, n]; a query that sees nothing (padding) adds nothing.
+    """
+    target = probs.detach().mean(dim=2)  # [B, C, n]
+    log_index = scores.masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(dim=-1)
+    divergence = F.kl_div(log_index, target, reduction="none").sum(dim=-1)  # [B, C]
+    return (divergence * seen.any(dim=-1)).sum()
+
+
+def selected_latent_attention(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    up_projections: tuple[torch.Tensor, torch.Tensor],
+    indexer: LightningIndexer,
+    states: IndexStates,
+    index_key: torch.Tensor,
+    visible: VisibleTokens,
+    attend_all: bool = False,
+    learns: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """MLA over the tokens that the indexer selects, V3.2-Exp eq. 2, in chunks of queries.
+
+    Args:
+        q_nope: [B, H, S, Dn] and q_rope: [B, H, S, Dr], already scaled.
+        latent: [B, T, width]; k_rope: [B, T, Dr]; index_key: [B, T, D], of all tokens.
+        states: the indexer's for the S queries.
+        attend_all: attend to all visible tokens, the indexer only learns (dense warm-up).
+        learns: compute the index loss, over the tokens attended to.
+
+    Returns:
+        [B, S, H, Dv], and the index loss: its mean over the queries that see something.
+    """
+    batch, heads, length, _ = q_nope.shape
+    if attend_all:
+        query_bytes = 4 * batch * visible.total * (heads + indexer.num_heads)
+    else:
+        query_bytes = 4 * batch * indexer.topk * (latent.shape[-1] + k_rope.shape[-1])
+    chunk = max(1, _LATENT_BYTES // query_bytes)
+    outputs, losses, num_queries = [], [], 0
+    for start in range(0, length, chunk):
+        queries = slice(start, min(start + chunk, length))
+        end = visible.total - length + queries.stop
+        chosen = None
+        if attend_all or end <= indexer.topk:  # all that is visible
+            seen = visible.mask(queries, slice(end), length, latent.device)
+        else:
+            chosen = indexer.select(states, index_key, visible, queries)
+            seen = chosen >= 0
+        arguments = (
+            *(q_nope[:, :, queries], q_rope[:, :, queries], latent[:, :end], k_rope[:, :end], up_projections),
+            *(states.query[:, queries], states.weights[:, queries], index_key[:, :end], seen, chosen, learns),
+        )
+        # in training what is gathered is gathered again for the backward: kept, it would be S * topk latents
+        run = partial(checkpoint, _attend_chosen, use_reentrant=False) if torch.is_grad_enabled() else _attend_chosen
+        output, loss = run(*arguments)
+        outputs.append(output)
+        losses.append(loss)
+        num_queries = num_queries + seen.any(dim=-1).expand(batch, -1).sum()
+    return torch.cat(outputs, dim=1), sum(losses) / num_queries if learns else None
+
+
+def _attend_chosen(
+    q_nope, q_rope, latent, k_rope, up_projections, index_query, index_weights, index_key, seen, chosen, learns
+):
+    """One chunk of `selected_latent_attention` -> [B, C, H, Dv], summed index loss; chosen None: all tokens"""
+    if chosen is not None:
+        latent, k_rope = gather_tokens(latent, chosen), gather_tokens(k_rope, chosen)
+    output, probs = attend_latents(q_nope, q_rope, latent, k_rope, up_projections, seen)
+    if not learns:
+        return output, None
+    index_key = index_key if chosen is None else gather_tokens(index_key, chosen)
+    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), seen)
