@@ -36,6 +36,7 @@ def export_checkpoint(model: PreTrainedModel, model_dir: Path, tokenizer_dir: Pa
         rounded.generation_config = generation_defaults(tokenizer_dir)
         rounded.save_pretrained(small)
         for name in ("model.safetensors", "generation_config.json"):
+            (small / name).chmod(0o644)  # safetensors makes files that only the owner can read
             os.replace(small / name, export_dir / name)
     for name in TOKENIZER_FILES:
         if (tokenizer_dir / name).is_file() and tokenizer_dir.resolve() != export_dir.resolve():
