@@ -60,13 +60,23 @@ def load_model(
         model_dir: folder or Hub name.
         dtype: of the frozen weights, from `DTYPES`; "auto" is the checkpoint's. Adapters are float32 in any case.
         mtp_loss_weight: weight of the multi-token-prediction loss.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model's vocabulary lacks.
     """
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
     config.mtp_loss_weight = mtp_loss_weight
     # The balance loss is for the router, which LoRA leaves frozen; it would only bend the hidden states.
     config.aux_loss_alpha = 0.0
-    model = AutoModelForCausalLM.from_pretrained(model_dir, config=config, trust_remote_code=True, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {model_dir} has {len(tokenizer)} tokens, but `vocab_size` is {config.vocab_size}; use the "
+            "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and save"
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        model_dir, config=config, trust_remote_code=True, dtype=dtype
+    ), tokenizer
 
 
 # ---------------------------------------------------------------- training

@@ -205,3 +205,9 @@ def test_options_are_stable():
     length = {"--epochs", "--steps", "--batch-size", "--accumulation-steps", "--max-tokens"}
     recipe = {"--learning-rate", "--warmup-fraction", "--weight-decay", "--max-grad-norm", "--seed"}
     assert options == {"-h", "--help"} | files | adapter | length | recipe
+
+
+def test_a_larger_tokenizer_than_vocabulary_is_an_error(checkpoint):
+    folder = add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE - 8))
+    with pytest.raises(ValueError, match=r"`vocab_size` is .*resize_token_embeddings"):
+        sft.load_model(str(folder))
