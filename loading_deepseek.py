@@ -198,6 +198,21 @@ def dequantised_state_dict(files: CheckpointFiles, block_size: tuple[int, int]) 
     return slices
 
 
+@contextmanager
+def one_tensor_at_a_time():
+    """Makes transformers read a tensor when its turn comes; its threads would read ahead, up to the whole model."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def default_dtype(config, device_map) -> torch.dtype | str:
     """What `dtype` means where the user does not say: the checkpoint's own, but float32 where bfloat16 is emulated."""
     on_cpu = device_map in (None, "cpu") and not torch.accelerator.is_available()

@@ -15,6 +15,7 @@ width; for MLA Dn / Dr / Dv the widths of a head without and with position and o
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,7 @@ from .loading_deepseek import (
     dequantised_state_dict,
     explain_loading_error,
     ignored_mtp_keys,
+    one_tensor_at_a_time,
     pop_block_fp8,
     register_expert_conversion,
 )
@@ -564,13 +566,12 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             config.num_nextn_predict_layers = 0
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"] = default_dtype(config, kwargs.get("device_map"))
-        source = {"pretrained_model_name_or_path": pretrained_model_name_or_path}
+        source, reading = {"pretrained_model_name_or_path": pretrained_model_name_or_path}, nullcontext()
         if block_size := pop_block_fp8(config):
-            source = {
-                "pretrained_model_name_or_path": None,
-                "state_dict": dequantised_state_dict(files, block_size),
-            }
-        with explain_loading_error(pretrained_model_name_or_path):
+            state_dict = dequantised_state_dict(files, block_size)
+            source = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
+            reading = one_tensor_at_a_time()
+        with explain_loading_error(pretrained_model_name_or_path), reading:
             loaded = super().from_pretrained(*model_args, config=config, **source, **kwargs)
         if block_size:
             # Loaded from tensors, so what else transformers finds by the path is still to be done.
