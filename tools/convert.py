@@ -1,0 +1,136 @@
+"""What the tools that rewrite a checkpoint share: a new folder with changed weights, the old one read tensor by tensor.
+
+The new folder appears whole or not at all: it is written beside its place under another name and then renamed. Memory
+holds one shard at a time. Everything that is no weight (tokenizer, generation settings, licence) is copied as it is,
+and the model code is added, as `tools/add_remote_code.py` does.
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from configuration_deepseek import DeepseekConfig
+from loading_deepseek import CheckpointFiles
+from tools.add_remote_code import AUTO_MAP, code_files, write_json
+
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+)
+
+# A tensor's name and value -> the tensors to store in its place, itself included where it stays.
+Change = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
+
+
+def resolve_config(config: dict) -> DeepseekConfig:
+    """The fields of a config.json with defaults filled in; ValueError for values that no model can have."""
+    return DeepseekConfig(**{name: value for name, value in config.items() if name != "auto_map"})
+
+
+def refuse_existing(output: Path):
+    """ValueError if there is something at `output`."""
+    if os.path.lexists(output):
+        raise ValueError(f"OUTPUT is {output}, which exists already; name a new folder or remove that one.")
+
+
+def tensor_files(source: Path, required: Iterable[str]) -> dict[str, str]:
+    """Tensor name -> the safetensors file in `source` that holds it.
+
+    Args:
+        required: names, without a leading "model.", that must be there.
+
+    Raises:
+        ValueError: there are no safetensors files, one is damaged, or a required tensor is missing.
+    """
+    shard_of = CheckpointFiles(source, {}).shard_of
+    if not shard_of:
+        raise ValueError(f"{source} has no safetensors weights; save the model with transformers' `save_pretrained`.")
+    present = {name.removeprefix("model.") for name in shard_of}
+    missing = sorted(set(required) - present)
+    if missing:
+        raise ValueError(
+            f"The weights in {source} lack {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + ", "
+            "which its config.json asks for; use the config.json that belongs to the weights."
+        )
+    return shard_of
+
+
+def new_matrix(name: str, shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """A normally distributed matrix that depends on its name and the seed, not on the order of the tensors."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return (torch.randn(shape, generator=generator) * std).to(dtype)
+
+
+def dtype_beside(tensor: torch.Tensor) -> torch.dtype:
+    """In which precision to store a new weight: its neighbour's, but bfloat16 beside FP8, which needs scales."""
+    return torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
+
+
+def write_checkpoint(source: Path, output: Path, config: dict, shard_of: dict[str, str], change: Change):
+    """Writes the folder `output`: `source` with other weights, another config.json and this repository's code.
+
+    Args:
+        config: the new config.json; `auto_map` is set here.
+        shard_of: from `tensor_files`. Shards keep their names; what replaces a tensor stays in its shard.
+
+    Raises:
+        ValueError: `output` exists.
+    """
+    refuse_existing(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.parent / f".{output.name}.{os.getpid()}.part"
+    staging.mkdir()
+    try:
+        _write_weights(source, staging, shard_of, change)
+        for file in _other_files(source):
+            shutil.copy2(file, staging / file.name)
+        for file in code_files():
+            shutil.copy2(file, staging / file.name)
+        write_json(staging / "config.json", {**config, "auto_map": AUTO_MAP})
+        refuse_existing(output)
+        os.rename(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _write_weights(source: Path, folder: Path, shard_of: dict[str, str], change: Change):
+    new_shard_of, total_size = {}, 0
+    with tqdm(total=len(shard_of), unit="tensor", desc=f"writing {len(set(shard_of.values()))} shards") as progress:
+        for shard in sorted(set(shard_of.values())):
+            tensors = {}
+            with safe_open(source / shard, framework="pt") as file:
+                metadata = file.metadata()
+                for name in (key for key, where in shard_of.items() if where == shard):
+                    tensors.update(change(name, file.get_tensor(name)))
+                    progress.update()
+            save_file(tensors, folder / shard, metadata=metadata or {"format": "pt"})
+            shutil.copymode(source / shard, folder / shard)  # safetensors makes files that only their owner reads
+            new_shard_of |= dict.fromkeys(tensors, shard)
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(new_shard_of.items()))}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+
+
+def _other_files(source: Path) -> Iterator[Path]:
+    """The files directly in a checkpoint folder that are neither weights nor config.json."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
+            yield path
