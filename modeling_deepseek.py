@@ -552,19 +552,20 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             ValueError: a shard is missing, truncated or no safetensors file; the message names the file.
         """
         if config is None:
-            # reading the config uses these up, but the weights need them too
-            still_needed = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "dtype", "torch_dtype") if name in kwargs}
+            # Reading the config uses up what says where it is, which the weights need too; the dtype is theirs alone.
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, unused = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-            kwargs = unused | still_needed
+            kwargs = unused | where | dtype
         if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         config = copy.deepcopy(config)
         files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
         if files.shard_of and not any(f"layers.{config.num_hidden_layers}." in name for name in files.shard_of):
             config.num_nextn_predict_layers = 0
-        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
             kwargs["dtype"] = default_dtype(config, kwargs.get("device_map"))
         source, reading = {"pretrained_model_name_or_path": pretrained_model_name_or_path}, nullcontext()
         if block_size := pop_block_fp8(config):

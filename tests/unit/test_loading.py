@@ -9,8 +9,9 @@ from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from safetensors.torch import load_file, save_file
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": "auto"}])
 @pytest.mark.parametrize("native_bfloat16", [True, False])
-def test_bfloat16_only_where_the_cpu_has_it(checkpoint, monkeypatch, native_bfloat16):
+def test_bfloat16_only_where_the_cpu_has_it(checkpoint, monkeypatch, native_bfloat16, options):
     folder = checkpoint("v3")
     DeepseekForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -18,7 +19,7 @@ def test_bfloat16_only_where_the_cpu_has_it(checkpoint, monkeypatch, native_bflo
     messages = []
     monkeypatch.setattr(loading_deepseek.logger, "warning_once", messages.append)
 
-    loaded = DeepseekForCausalLM.from_pretrained(folder)
+    loaded = DeepseekForCausalLM.from_pretrained(folder, **options)
     asked = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     if torch.accelerator.is_available() or native_bfloat16:
         assert loaded.dtype == torch.bfloat16
