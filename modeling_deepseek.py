@@ -92,9 +92,7 @@ def eager_attention_forward(
     """
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # [B, H, T, D]
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)  # [B, H, T, Dv]
-    scores = query @ key.transpose(-1, -2) * scaling  # [B, H, S, T]
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    scores = _masked(query @ key.transpose(-1, -2) * scaling, attention_mask)  # [B, H, S, T]
     probs = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     probs = F.dropout(probs, p=dropout, training=module.training)
     return (probs @ value).transpose(1, 2).contiguous(), probs  # [B, S, H, Dv]
