@@ -2,7 +2,7 @@
 
 Read from top to bottom: GQA, MLA, the decoder layer, the multi-token-prediction module, the model, its heads.
 
-    attention    ATTENTION_CLASSES[config.attention_kind]: "gqa", "mla", or "nsa" (sparse_attention_deepseek.py)
+    attention    ATTENTION_CLASSES[config.attention_kind]: "gqa", "mla", or "nsa" (nsa_deepseek.py)
     MLP          config.mlp_layer_types[i]: DeepseekMLP or DeepseekMoE (moe_deepseek.py, where the routers are)
     kernels      transformers' attention interface (`attn_implementation`) and, for the experts of moe_deepseek.py,
                  its @use_experts_implementation (`experts_implementation`)
@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_deepseek import GrowingLayer, IndexedLayer, NSACacheLayer, use_growing_layers
 from .configuration_deepseek import DeepseekConfig
+from .dsa_deepseek import LightningIndexer, VisibleTokens, find_visible_tokens, selected_latent_attention
 from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, apply_rotary, yarn_softmax_factor
 from .loading_deepseek import (
     HUB_ARGUMENTS,
@@ -51,15 +52,7 @@ from .loading_deepseek import (
     register_expert_conversion,
 )
 from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
-from .sparse_attention_deepseek import (
-    BlockCompressor,
-    DeepseekNSA,
-    LightningIndexer,
-    VisibleTokens,
-    find_documents,
-    find_visible_tokens,
-    selected_latent_attention,
-)
+from .nsa_deepseek import BlockCompressor, DeepseekNSA, find_documents
 
 logger = logging.get_logger(__name__)
 

@@ -96,7 +96,7 @@ class Shape:
 
     def __init__(self, code: Path, length: int, queries: int, heads: int, kv_heads: int, width: int):
         load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=str(code))
-        module = "sparse_attention_deepseek."
+        module = "nsa_deepseek."
         names = ("NSASizes", "NSAStates", "BlockCompressor", "attend_sequence", "attend_gathered")
         sizes, self.make_states, compressor, self.attend_sequence, self.attend_gathered = (
             load(module + name) for name in names

@@ -7,15 +7,15 @@ import pytest
 import tiny
 import torch
 from checks import assert_close
-from deepseek_repo import sparse_attention_deepseek as sparse
+from deepseek_repo import dsa_deepseek as dsa
 from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, DynamicCache, StaticCache
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as native_module
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(sparse, "_INDEX_BYTES", 2**14)
-    monkeypatch.setattr(sparse, "_LATENT_BYTES", 2**15)
+    monkeypatch.setattr(dsa, "_INDEX_BYTES", 2**14)
+    monkeypatch.setattr(dsa, "_LATENT_BYTES", 2**15)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ class TestNative:
     @torch.no_grad()
     def test_same_outputs_and_sets(self, model, native, monkeypatch):
         ours, theirs = [], []
-        select, forward = sparse.LightningIndexer.select, native_module.DeepseekV32Indexer.forward
+        select, forward = dsa.LightningIndexer.select, native_module.DeepseekV32Indexer.forward
 
         def spy_ours(self, *args):
             ours.append(select(self, *args))
@@ -58,9 +58,9 @@ class TestNative:
             theirs.append(forward(self, *args, **kwargs))
             return theirs[-1]
 
-        monkeypatch.setattr(sparse.LightningIndexer, "select", spy_ours)
+        monkeypatch.setattr(dsa.LightningIndexer, "select", spy_ours)
         monkeypatch.setattr(native_module.DeepseekV32Indexer, "forward", spy_theirs)
-        monkeypatch.setattr(sparse, "_LATENT_BYTES", 2**40)  # one chunk
+        monkeypatch.setattr(dsa, "_LATENT_BYTES", 2**40)  # one chunk
         tokens = tiny.make_tokens(2, 80)
         assert_close(model(tokens).logits, native(tokens).logits, "logits", atol=2e-5)
         assert len(ours) == len(theirs) == 3
@@ -254,7 +254,7 @@ class TestTraining:
         probs = dense(tokens, output_attentions=True).attentions[0]  # [1, H, S, S]
         target = probs.mean(1)
         hidden = torch.ones(30, 30, dtype=torch.bool).triu(1)
-        guess = sparse.index_scores(*states[0]).masked_fill(hidden, float("-inf")).softmax(-1)
+        guess = dsa.index_scores(*states[0]).masked_fill(hidden, float("-inf")).softmax(-1)
         expected = torch.where(hidden, 0, target * (target / guess).log()).sum(-1).mean()
         assert_close(loss, expected)
 
@@ -300,7 +300,7 @@ def recall(model) -> float:
     states = []
     dense.model.layers[0].self_attn.indexer.register_forward_hook(lambda *args: states.append(args[2]))
     probs = dense(tokens, output_attentions=True).attentions[0].mean(1)  # [B, S, S]
-    scores = sparse.index_scores(*states[0]).masked_fill(torch.ones(48, 48, dtype=torch.bool).triu(1), float("-inf"))
+    scores = dsa.index_scores(*states[0]).masked_fill(torch.ones(48, 48, dtype=torch.bool).triu(1), float("-inf"))
     true, guessed = (x[:, 16:].topk(8, dim=-1).indices for x in (probs, scores))
     return (true[..., None] == guessed[..., None, :]).any(-1).float().mean().item()
 

@@ -7,15 +7,15 @@ import pytest
 import tiny
 import torch
 from checks import assert_close
-from deepseek_repo import sparse_attention_deepseek as sparse
+from deepseek_repo import nsa_deepseek as nsa
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(sparse, "_MAX_COMPRESS_CHUNK", 16)
-    monkeypatch.setattr(sparse, "_SELECT_CHUNK", 32)
-    monkeypatch.setattr(sparse, "_WINDOW_TILE", 16)
+    monkeypatch.setattr(nsa, "_MAX_COMPRESS_CHUNK", 16)
+    monkeypatch.setattr(nsa, "_SELECT_CHUNK", 32)
+    monkeypatch.setattr(nsa, "_WINDOW_TILE", 16)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ ALLOWED = {
     "cache_deepseek": set(),
     "loading_deepseek": set(),
     "moe_deepseek": {"layers_deepseek"},
-    "sparse_attention_deepseek": {"layers_deepseek"},
+    "nsa_deepseek": {"layers_deepseek"},
+    "dsa_deepseek": {"layers_deepseek"},
     "modeling_deepseek": set(MODULES) - {"modeling_deepseek"},
 }
 

@@ -4,15 +4,15 @@ import pytest
 import tiny
 import torch
 from checks import assert_close
-from deepseek_repo import sparse_attention_deepseek as sparse
-from deepseek_repo.sparse_attention_deepseek import IndexStates, LightningIndexer, VisibleTokens, find_visible_tokens
+from deepseek_repo import dsa_deepseek as dsa
+from deepseek_repo.dsa_deepseek import IndexStates, LightningIndexer, VisibleTokens, find_visible_tokens
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Chunks so small that tests with few tokens go through several."""
-    monkeypatch.setattr(sparse, "_INDEX_BYTES", 4 * 2 * 7 * 16 * 9)
-    monkeypatch.setattr(sparse, "_LATENT_BYTES", 4 * 2 * 16 * 24 * 7)
+    monkeypatch.setattr(dsa, "_INDEX_BYTES", 4 * 2 * 7 * 16 * 9)
+    monkeypatch.setattr(dsa, "_LATENT_BYTES", 4 * 2 * 16 * 24 * 7)
 
 
 def make_states(length: int, total: int, heads: int = 16, width: int = 12):
@@ -50,7 +50,7 @@ def test_selection_equals_the_definition(visible, topk):
         dim=1,
     )
     for row in range(2):
-        expected = sparse.dsa_reference(states.query[row], states.weights[row], key[row], mask[row], topk)
+        expected = dsa.dsa_reference(states.query[row], states.weights[row], key[row], mask[row], topk)
         for t, tokens in enumerate(expected):
             selected = [token for token in chosen[row, t].tolist() if token >= 0]
             assert len(selected) == len(set(selected))
@@ -76,7 +76,7 @@ def test_indexer_equals_the_formula():
     assert_close(states.key[0], key, "key")
     assert_close(states.weights, hidden @ indexer.weights_proj.weight.T / (16 * 12) ** 0.5, "weights")
     assert_close(states.query[..., 8:], (latent @ indexer.wq_b.weight.T).view(1, 5, 16, 12)[..., 8:], "query")
-    scores = sparse.index_scores(*states)
+    scores = dsa.index_scores(*states)
     expected = (torch.einsum("bthd,bsd->bths", states.query, states.key).relu() * states.weights[..., None]).sum(2)
     assert_close(scores, expected, "scores")
 
@@ -84,8 +84,8 @@ def test_indexer_equals_the_formula():
 def test_scores_of_gathered_keys():
     states, key = make_states(9, 30)
     slots = torch.randint(0, 30, (2, 9, 5))
-    everything = sparse.index_scores(states.query, states.weights, key)
-    gathered = sparse.index_scores(states.query, states.weights, sparse.gather_tokens(key, slots))
+    everything = dsa.index_scores(states.query, states.weights, key)
+    gathered = dsa.index_scores(states.query, states.weights, dsa.gather_tokens(key, slots))
     assert_close(gathered, everything.gather(-1, slots))
 
 
@@ -111,7 +111,7 @@ def test_index_loss_is_the_divergence():
     scores = torch.randn(2, 5, 7, requires_grad=True)
     seen = torch.ones(2, 5, 7, dtype=torch.bool)
     seen[0, 0] = False  # padding
-    loss = sparse.index_loss(probs, scores, seen)
+    loss = dsa.index_loss(probs, scores, seen)
     target, guess = probs.mean(2), scores.softmax(-1)
     expected = (target * (target / guess).log()).sum(-1)
     expected = expected.sum() - expected[0, 0]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_close
-from deepseek_repo import sparse_attention_deepseek as sparse
-from deepseek_repo.sparse_attention_deepseek import BlockCompressor, NSASizes, Span, find_documents
+from deepseek_repo import nsa_deepseek as nsa
+from deepseek_repo.nsa_deepseek import BlockCompressor, NSASizes, Span, find_documents
 
 SIZES = {
     "overlapping": NSASizes(block=8, stride=4, select_block=16, num_select=4, num_init=1, num_local=2, window=12),
@@ -19,9 +19,9 @@ SCALING = 0.5
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Chunks so small that tests with few tokens go through several, and end within one."""
-    monkeypatch.setattr(sparse, "_MAX_COMPRESS_CHUNK", 7)
-    monkeypatch.setattr(sparse, "_SELECT_CHUNK", 13)
-    monkeypatch.setattr(sparse, "_WINDOW_TILE", 5)
+    monkeypatch.setattr(nsa, "_MAX_COMPRESS_CHUNK", 7)
+    monkeypatch.setattr(nsa, "_SELECT_CHUNK", 13)
+    monkeypatch.setattr(nsa, "_WINDOW_TILE", 5)
 
 
 def make_streams(length: int, sizes: NSASizes, streams: int = 2, heads: int = 3, width: int = 8, value_width: int = 6):
@@ -35,9 +35,9 @@ def make_streams(length: int, sizes: NSASizes, streams: int = 2, heads: int = 3,
 def run_branches(query, compressed, selected, windowed, sizes, first=0):
     """The fast functions on the queries from position `first` on -> three outputs and the blocks."""
     query = query[:, first:]
-    from_compressed, blocks = sparse.compressed_attention(query, *compressed, SCALING, first, sizes)
-    from_selected = sparse.selected_attention(query, *selected, blocks, SCALING, first, sizes.select_block)
-    return from_compressed, from_selected, sparse.window_attention(query, *windowed, SCALING, sizes.window), blocks
+    from_compressed, blocks = nsa.compressed_attention(query, *compressed, SCALING, first, sizes)
+    from_selected = nsa.selected_attention(query, *selected, blocks, SCALING, first, sizes.select_block)
+    return from_compressed, from_selected, nsa.window_attention(query, *windowed, SCALING, sizes.window), blocks
 
 
 def as_sets(blocks: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_branches_equal_the_definition(sizes, length):
     query, *pairs = make_streams(length, sizes)
     *outputs, blocks = run_branches(query, *pairs, sizes)
     for stream in range(len(query)):
-        *expected, chosen = sparse.nsa_reference(
+        *expected, chosen = nsa.nsa_reference(
             query[stream], *((k[stream], v[stream]) for k, v in pairs), SCALING, sizes
         )
         assert torch.equal(as_sets(blocks[stream], sizes.num_blocks(length)), chosen)
@@ -97,7 +97,7 @@ def test_gradients_equal_the_definition(sizes):
         return torch.autograd.grad(loss, leaves)
 
     *outputs, _ = run_branches(query, *pairs, sizes)
-    *expected, _ = sparse.nsa_reference(query[0], *((k[0], v[0]) for k, v in pairs), SCALING, sizes)
+    *expected, _ = nsa.nsa_reference(query[0], *((k[0], v[0]) for k, v in pairs), SCALING, sizes)
     names = [
         "query",
         *(f"{branch} {kind}" for branch in ("compressed", "selected", "window") for kind in ("key", "value")),
@@ -120,7 +120,7 @@ def test_block_scores_are_overlaps():
         ).clamp(0)
         expected = (overlap / sizes.stride * mass[0, 0]).sum(dim=-1)  # [blocks]
         free = sizes._replace(num_init=0, num_local=1, num_select=3)
-        chosen = sparse.choose_blocks(mass, torch.tensor([[length - 1]]), num_blocks, free)
+        chosen = nsa.choose_blocks(mass, torch.tensor([[length - 1]]), num_blocks, free)
         best = {num_blocks - 1, *expected[:-1].topk(2).indices.tolist()}
         assert set(chosen.flatten().tolist()) == best
 
@@ -132,9 +132,7 @@ def test_paper_weights_of_entries_on_blocks():
     for entry, counted in ((7, {1, 2}), (8, {2}), (10, {2}), (11, {2, 3})):
         mass = torch.zeros(1, 1, sizes.num_compressed(length))
         mass[..., entry] = 1
-        chosen = sparse.choose_blocks(
-            mass, torch.tensor([[length - 1]]), 6, sizes._replace(num_select=len(counted) + 1)
-        )
+        chosen = nsa.choose_blocks(mass, torch.tensor([[length - 1]]), 6, sizes._replace(num_select=len(counted) + 1))
         assert set(chosen.flatten().tolist()) == counted | {5}, entry
 
 

@@ -1,0 +1,295 @@
+"""DeepSeek Sparse Attention (DSA; DeepSeek-V3.2-Exp report, arXiv:2512.02556) on MLA's latents.
+
+From top to bottom: the definition as slow loops (`dsa_reference`), which tokens a query may see, the lightning indexer
+with its running top-k, and attention in absorbed form to what it selects, with the indexer's training loss;
+`DeepseekMLA` calls them. No function forms a tensor of heads x queries x keys: queries and keys go in chunks.
+
+Shape letters: B batch, S queries, C queries of a chunk, T keys, n keys that a query reads, H heads, D width.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers_deepseek import apply_rotary
+
+_INDEX_BYTES = 16 * 2**20  # products of the indexer held at once
+_LATENT_BYTES = 64 * 2**20  # latents gathered at once
+
+
+def dsa_reference(
+    query: torch.Tensor, weights: torch.Tensor, key: torch.Tensor, visible: torch.Tensor, topk: int
+) -> list[set[int]]:
+    """The tokens that each query of one row selects, loop by loop as eq. 1-2 of the V3.2-Exp report say; for tests.
+
+        I_ts = sum_j w_tj ReLU(q_tj . k_s),   S_t = the topk visible tokens s with the largest I_ts
+
+    Args:
+        query: [S, H, D]; weights: [S, H]; key: [T, D], of the indexer.
+        visible: bool [S, T].
+    """
+    chosen = []
+    for t in range(len(query)):
+        scores = {
+            s: sum(
+                weights[t, j].item() * max(0.0, torch.dot(query[t, j], key[s]).item()) for j in range(query.shape[1])
+            )
+            for s in range(len(key))
+            if visible[t, s]
+        }
+        chosen.append(set(sorted(scores, key=scores.get, reverse=True)[:topk]))
+    return chosen
+
+
+class VisibleTokens(NamedTuple):
+    """Which of T slots S new queries, in the last S slots, may see: their document's tokens up to themselves."""
+
+    total: int  # T
+    tokens: torch.Tensor | None  # bool [B, T], false for padding; None if there is none
+    first: torch.Tensor | None  # int64 [B or 1, S], where each query's document begins; None if at slot 0
+
+    def mask(self, queries: slice, keys: slice, length: int, device) -> torch.Tensor:
+        """bool [B or 1, C, n] for some of the S = `length` queries and some of the slots."""
+        slots = torch.arange(self.total - length, self.total, device=device)[queries, None]  # [C, 1]
+        keys_slots = torch.arange(self.total, device=device)[keys]  # [n]
+        mask = (keys_slots <= slots)[None]
+        if self.first is not None:
+            mask = mask & (keys_slots >= self.first[:, queries, None])
+        return mask if self.tokens is None else mask & self.tokens[:, None, keys]
+
+
+def find_visible_tokens(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_length: int, has_cache: bool
+) -> VisibleTokens:
+    """As `find_documents`, for attention that needs no contiguous documents.
+
+    Raises:
+        ValueError: the mask is not one of tokens and padding.
+    """
+    length = position_ids.shape[1]
+    total = past_length + length
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < total:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}; with an indexer it must be [batch, "
+                f"tokens], here {total} tokens (the cache's counted), 1 for tokens and 0 for padding."
+            )
+        return VisibleTokens(total, attention_mask[:, :total].bool(), None)
+    if has_cache:
+        return VisibleTokens(total, None, None)
+    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # [B or 1, S]
+    slots = torch.arange(length, device=position_ids.device)
+    return VisibleTokens(total, None, (slots * begins).cummax(dim=1).values)
+
+
+class IndexStates(NamedTuple):
+    """What the indexer makes of S tokens."""
+
+    query: torch.Tensor  # [B, S, H, D]
+    weights: torch.Tensor  # float32 [B, S, H], scaled
+    key: torch.Tensor  # [B, S, D], one for all heads; these are cached
+
+
+class LightningIndexer(nn.Module):
+    """Scores every past token for every query at a small part of attention's cost, V3.2-Exp eq. 1.
+
+        I_ts = sum_j w_tj ReLU(q_tj . k_s)
+        q_t = W_QB (query latent),   k_s = LayerNorm(W_K h_s),   w_t = W_W h_t / sqrt(heads * width)
+
+    RoPE turns the first qk_rope_head_dim numbers of q and k, in the "half" layout, unlike the attention it serves.
+    DeepSeek's code also applies a Hadamard transform to q and k, which changes no product, and rounds both to FP8,
+    which is left out. LayerNorm and head weights are float32 in a loaded model, scores always.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.index_n_heads
+        self.head_dim = config.index_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.topk = config.index_topk
+        self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        query_latent: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> IndexStates:
+        """hidden_states [B, S, hidden_size], query_latent [B, S, q_lora_rank], cos and sin [B, S, Dr/2]"""
+        query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, S, D]
+        key = self.k_norm(self.wk(hidden_states).to(self.k_norm.weight.dtype))  # [B, S, D]
+        states = torch.cat((query, key[:, None].to(query.dtype)), dim=1)  # [B, H + 1, S, D]
+        rotated = apply_rotary(states[..., : self.rope_dim], *position_embeddings, layout="half")
+        states = torch.cat((rotated, states[..., self.rope_dim :]), dim=-1)
+        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()
+        return IndexStates(
+            states[:, :-1].transpose(1, 2), weights * (self.num_heads * self.head_dim) ** -0.5, states[:, -1]
+        )
+
+    def learns(self) -> bool:
+        """Whether a loss would teach it anything: not where it is frozen, as under LoRA."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @torch.no_grad()
+    def select(self, states: IndexStates, key: torch.Tensor, visible: VisibleTokens, queries: slice) -> torch.Tensor:
+        """The `topk` visible tokens with the best scores, by a running top-k over blocks of keys.
+
+        Args:
+            states: of all S queries; `queries` are those to answer for.
+            key: [B, T, D].
+
+        Returns:
+            int64 [B, C, at most topk], in no order; -1 stands for none.
+        """
+        length = states.query.shape[1]
+        end = visible.total - length + queries.stop  # what comes later, none of these queries sees
+        query, weights = states.query[:, queries], states.weights[:, queries]
+        best = torch.empty(*query.shape[:2], 0, device=key.device)
+        chosen = torch.empty(*query.shape[:2], 0, dtype=torch.int64, device=key.device)
+        block = max(self.topk, _INDEX_BYTES // (4 * query[..., 0].numel()))
+        for start in range(0, end, block):
+            keys = slice(start, min(start + block, end))
+            scores = index_scores(query, weights, key[:, keys])  # [B, C, n]
+            scores.masked_fill_(~visible.mask(queries, keys, length, key.device), float("-inf"))
+            slots = torch.arange(keys.start, keys.stop, device=key.device).expand_as(scores)
+            scores, slots = torch.cat((best, scores), dim=-1), torch.cat((chosen, slots), dim=-1)
+            best, places = scores.topk(min(self.topk, scores.shape[-1]), dim=-1, sorted=False)
+            chosen = slots.gather(-1, places)
+        return chosen.masked_fill(best == float("-inf"), -1)
+
+
+def index_scores(query: torch.Tensor, weights: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query [B, C, H, D], weights [B, C, H], key [B, n, D] or, for each query its own, [B, C, n, D] -> float32 [B, C, n]"""
+    products = _products(query.float(), key.float()).relu_()  # [B, C, H, n]
+    return (weights[:, :, None] @ products)[:, :, 0]
+
+
+def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query [B, C, H, D]; key [B, n, D] or, for each query its own, [B, C, n, D] -> [B, C, H, n]"""
+    if key.ndim == 4:
+        return query @ key.transpose(-1, -2)
+    return (query.flatten(1, 2) @ key.transpose(1, 2)).unflatten(1, query.shape[1:3])
+
+
+def attend_latents(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    up_projections: tuple[torch.Tensor, torch.Tensor],
+    seen: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed MLA of a few queries: the latents themselves are keys and values.
+
+    Args:
+        q_nope: [B, H, C, Dn] and q_rope: [B, H, C, Dr], already scaled.
+        latent, k_rope: [B, n, width], or for each query its own, [B, C, n, width].
+        up_projections: W_UK [H, Dn, width of the latent] and W_UV [H, Dv, width].
+        seen: bool [B or 1, C, n].
+
+    Returns:
+        [B, C, H, Dv] and probabilities float32 [B, C, H, n].
+    """
+    w_uk, w_uv = up_projections
+    q_latent = (q_nope @ w_uk).transpose(1, 2)  # [B, C, H, width]
+    scores = _products(q_latent, latent) + _products(q_rope.transpose(1, 2), k_rope)  # [B, C, H, n]
+    # finite, so that a query that sees nothing (padding) stays finite
+    scores = scores.float().masked_fill(~seen[:, :, None], torch.finfo(torch.float32).min)
+    probs = scores.softmax(dim=-1)
+    mixed = _products(probs.to(latent.dtype), latent.transpose(-1, -2))  # [B, C, H, width]
+    return (mixed.transpose(1, 2) @ w_uv.transpose(1, 2)).transpose(1, 2), probs
+
+
+def gather_tokens(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """states [B, T, D], slots int64 [B, C, n], -1 for none (which gives slot 0) -> [B, C, n, D]"""
+    batch, length, _ = states.shape
+    rows = slots.clamp(min=0) + length * torch.arange(batch, device=slots.device)[:, None, None]
+    return states.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, slots.shape)
+
+
+def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """KL(attention summed over heads and normalised || softmax of index scores), summed over the queries.
+
+    Args:
+        probs: [B, C, H, n], constants here.
+        scores: [B, C, n].
+        seen: bool [B or 1, C, n]; a query that sees nothing (padding) adds nothing.
+    """
+    target = probs.detach().mean(dim=2)  # [B, C, n]
+    log_index = scores.masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(dim=-1)
+    divergence = F.kl_div(log_index, target, reduction="none").sum(dim=-1)  # [B, C]
+    return (divergence * seen.any(dim=-1)).sum()
+
+
+def selected_latent_attention(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    up_projections: tuple[torch.Tensor, torch.Tensor],
+    indexer: LightningIndexer,
+    states: IndexStates,
+    index_key: torch.Tensor,
+    visible: VisibleTokens,
+    attend_all: bool = False,
+    learns: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """MLA over the tokens that the indexer selects, V3.2-Exp eq. 2, in chunks of queries.
+
+    Args:
+        q_nope: [B, H, S, Dn] and q_rope: [B, H, S, Dr], already scaled.
+        latent: [B, T, width]; k_rope: [B, T, Dr]; index_key: [B, T, D], of all tokens.
+        states: the indexer's for the S queries.
+        attend_all: attend to all visible tokens, the indexer only learns (dense warm-up).
+        learns: compute the index loss, over the tokens attended to.
+
+    Returns:
+        [B, S, H, Dv], and the index loss: its mean over the queries that see something.
+    """
+    batch, heads, length, _ = q_nope.shape
+    if attend_all:
+        query_bytes = 4 * batch * visible.total * (heads + indexer.num_heads)
+    else:
+        query_bytes = 4 * batch * indexer.topk * (latent.shape[-1] + k_rope.shape[-1])
+    chunk = max(1, _LATENT_BYTES // query_bytes)
+    outputs, losses, num_queries = [], [], 0
+    for start in range(0, length, chunk):
+        queries = slice(start, min(start + chunk, length))
+        end = visible.total - length + queries.stop
+        chosen = None
+        if attend_all or end <= indexer.topk:  # all that is visible
+            seen = visible.mask(queries, slice(end), length, latent.device)
+        else:
+            chosen = indexer.select(states, index_key, visible, queries)
+            seen = chosen >= 0
+        arguments = (
+            *(q_nope[:, :, queries], q_rope[:, :, queries], latent[:, :end], k_rope[:, :end], up_projections),
+            *(states.query[:, queries], states.weights[:, queries], index_key[:, :end], seen, chosen, learns),
+        )
+        # in training what is gathered is gathered again for the backward: kept, it would be S * topk latents
+        run = partial(checkpoint, _attend_chosen, use_reentrant=False) if torch.is_grad_enabled() else _attend_chosen
+        output, loss = run(*arguments)
+        outputs.append(output)
+        losses.append(loss)
+        num_queries = num_queries + seen.any(dim=-1).expand(batch, -1).sum()
+    return torch.cat(outputs, dim=1), sum(losses) / num_queries if learns else None
+
+
+def _attend_chosen(
+    q_nope, q_rope, latent, k_rope, up_projections, index_query, index_weights, index_key, seen, chosen, learns
+):
+    """One chunk of `selected_latent_attention` -> [B, C, H, Dv], summed index loss; chosen None: all tokens"""
+    if chosen is not None:
+        latent, k_rope = gather_tokens(latent, chosen), gather_tokens(k_rope, chosen)
+    output, probs = attend_latents(q_nope, q_rope, latent, k_rope, up_projections, seen)
+    if not learns:
+        return output, None
+    index_key = index_key if chosen is None else gather_tokens(index_key, chosen)
+    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), seen)
