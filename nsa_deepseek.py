@@ -20,10 +20,12 @@ from torch import nn
 
 from .layers_deepseek import apply_rotary
 
-_SCORE_BYTES = 16 * 2**20  # compressed scores held at once; near the size of a CPU's second-level cache
-_MAX_COMPRESS_CHUNK = 128  # queries a chunk of the compressed branch
-_SELECT_CHUNK = 1024  # queries between two sorts of the selected branch
-_WINDOW_TILE = 128  # queries that share one range of keys in the window branch
+_SCORE_BYTES = 8 * 2**20  # scores of a tile of queries, of a few times a CPU's second-level cache
+_MAX_TILE = 512  # queries of a tile
+_ROWS_A_BLOCK = 128  # queries that read a selected block in one turn, on average ...
+_MAX_ROWS = 256  # ... and at most
+_TILES_A_WINDOW = 4  # tiles of queries in a window, at least
+_CHUNK_BYTES = 16 * 2**20  # output between which the branches are summed, where no gradient needs all of them
 _MAX_GATHERED = 8  # up to this many queries over a cache, each gathers its own keys
 
 
@@ -122,6 +124,154 @@ def nsa_reference(
     return *(torch.stack(branch) for branch in outputs), chosen
 
 
+def _hide_entries(scores: torch.Tensor, positions: torch.Tensor, num_seen: int, sizes: NSASizes):
+    """Hides, in place, the compressed entries that end after a query's position.
+
+    Args:
+        scores: [..., C, G, n].
+        positions: int64 [..., C].
+        num_seen: entries that every query sees, so that they need no mask.
+    """
+    later = torch.arange(num_seen, scores.shape[-1], device=scores.device)
+    hidden = later * sizes.stride + sizes.block - 1 > positions[..., None]  # [..., C, n - num_seen]
+    scores[..., num_seen:].masked_fill_(hidden[..., None, :], float("-inf"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention to ranges of keys, for the compressed and the window branch
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Entries(NamedTuple):
+    """Queries see the compressed entries that end at or before them."""
+
+    first_position: int  # of the first query
+    sizes: NSASizes
+
+    def blind(self) -> int:
+        """How many of the first queries see nothing."""
+        return max(0, self.sizes.block - 1 - self.first_position)
+
+    def keys(self, queries: slice) -> slice:
+        """What the last of the queries sees, and with it some others."""
+        return slice(0, self.sizes.num_compressed(self.first_position + queries.stop))
+
+    def hide(self, scores: torch.Tensor, queries: slice):
+        """Hides from scores [C, G, n] of these queries, in place, the keys that only later ones see."""
+        positions = torch.arange(queries.start, queries.stop, device=scores.device) + self.first_position
+        seen_by_all = self.sizes.num_compressed(self.first_position + queries.start + 1)
+        _hide_entries(scores, positions, seen_by_all, self.sizes)
+
+
+class _Window(NamedTuple):
+    """Queries see the last `window` tokens, themselves counted."""
+
+    past: int  # keys before the first query
+    window: int
+
+    def blind(self) -> int:
+        return 0
+
+    def keys(self, queries: slice) -> slice:
+        return slice(max(0, self.past + queries.start - self.window + 1), self.past + queries.stop)
+
+    def hide(self, scores: torch.Tensor, queries: slice):
+        count, first = len(scores), self.keys(queries).start
+        offset = torch.arange(count, device=scores.device)
+        scores[..., -count:].masked_fill_((offset > offset[:, None])[:, None], float("-inf"))
+        # what is too old for the last query is among the first keys
+        oldest = self.past + queries.start + offset - self.window + 1  # [C]
+        scores[..., :count].masked_fill_(
+            (first + offset < oldest[:, None])[:, None, : scores.shape[-1]], float("-inf")
+        )
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Attention in which a tile of queries sees one range of keys; the backward computes the probabilities again.
+
+    Args of `forward`:
+        query: [N, S, G, D]; key, value: [N, T, D].
+        scaling: factor on the scores.
+        view: `_Entries` or `_Window`.
+        max_tile: queries of a tile, at most.
+        visit: called with stream, slice of queries and probabilities float32 [C, G, n] of each tile, or None.
+
+    Returns [N, S, G, D], zero for queries that see nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling, view, max_tile, visit):
+        ctx.save_for_backward(query, key, value)
+        ctx.arguments = scaling, view, max_tile
+        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        output[:, : view.blind()] = 0
+        value = value.float()
+        for stream, queries, keys, probs in _TiledAttention.tiles(query, key, *ctx.arguments):
+            output[stream, queries] = (probs.flatten(0, 1) @ value[stream, keys]).unflatten(0, probs.shape[:2])
+            if visit:
+                visit(stream, queries, probs)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        query, key, value = ctx.saved_tensors
+        scaling = ctx.arguments[0]
+        grad_query = torch.zeros_like(query)
+        grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
+        float_key, float_value = key.float(), value.float()
+        for stream, queries, keys, probs in _TiledAttention.tiles(query, key, *ctx.arguments):
+            probs = probs.flatten(0, 1)  # [C * G, n]
+            grad = grad_output[stream, queries].flatten(0, 1).float()  # [C * G, D]
+            grad_value[stream, keys].addmm_(probs.T, grad)
+            grad_probs = grad @ float_value[stream, keys].T  # [C * G, n]
+            mean_grad = torch.linalg.vecdot(probs, grad_probs)[:, None]  # [C * G, 1]
+            grad_scores = grad_probs.sub_(mean_grad).mul_(probs).mul_(scaling)
+            grad_rows = grad_scores @ float_key[stream, keys]  # [C * G, D]
+            grad_query[stream, queries] = grad_rows.unflatten(0, (-1, query.shape[2])).to(query.dtype)
+            grad_key[stream, keys].addmm_(grad_scores.T, query[stream, queries].flatten(0, 1).float())
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
+
+    @staticmethod
+    def tiles(query, key, scaling, view, max_tile):
+        """Yields tiles of queries: stream, slices of the queries and of the keys, and probabilities float32 [C, G, n],
+        which the next tile overwrites."""
+        streams, length, heads, _ = query.shape
+        last = view.keys(slice(max(0, length - max_tile), length))  # no tile sees more keys than the last
+        most_keys = max(1, last.stop - last.start)
+        tile = min(max_tile, max(1, _SCORE_BYTES // (4 * heads * most_keys)))
+        # Memory used again stays in the processor's cache; fresh memory of this size would be mapped anew each time.
+        memory = query.new_empty(2, tile * heads * most_keys, dtype=torch.float32)
+        scaled_key = key.float() * scaling
+        for stream in range(streams):
+            for start in range(view.blind(), length, tile):
+                queries = slice(start, min(start + tile, length))
+                keys = view.keys(queries)
+                rows = query[stream, queries].flatten(0, 1).float()  # [C * G, D]
+                shape = len(rows), keys.stop - keys.start
+                scores, probs = (numbers[: shape[0] * shape[1]].view(shape) for numbers in memory)
+                torch.mm(rows, scaled_key[stream, keys].T, out=scores)
+                view.hide(scores.unflatten(0, (-1, heads)), queries)
+                yield stream, queries, keys, torch.softmax(scores, dim=-1, out=probs).unflatten(0, (-1, heads))
+
+
+def window_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int
+) -> torch.Tensor:
+    """Attention of each query to the last `window` tokens, itself counted.
+
+    Args:
+        query: [N, S, G, D].
+        key, value: [N, T, D] with T >= S; the last key belongs to the last query. At least the window - 1 keys before
+            the first query must be there, if so many exist.
+
+    Returns:
+        [N, S, G, D].
+    """
+    view = _Window(key.shape[1] - query.shape[1], window)
+    # the keys of a tile are the window and the tile itself, so a tile is to be small against the window
+    return _TiledAttention.apply(query, key, value, scaling, view, max(16, window // _TILES_A_WINDOW), None)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Compressed branch, and the choice of blocks from its probabilities
 # ---------------------------------------------------------------------------------------------------------------
@@ -150,29 +300,6 @@ class BlockCompressor(nn.Module):
         return blocks.mean(dim=-2) + self.down_proj(F.silu(self.up_proj(inputs)))
 
 
-def _compressed_probs(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, scaling: float, sizes: NSASizes, num_seen: int
-) -> torch.Tensor:
-    """Softmax over the compressed entries that end at or before each query's position.
-
-    Args:
-        query: [N, C, G, D].
-        key: [N, n, D].
-        positions: int64 [1 or N, C]; a query before the end of the first block sees nothing and its row is NaN.
-        num_seen: entries that every query sees, so that they need no mask.
-
-    Returns:
-        float32 [N, C, G, n].
-    """
-    num_entries = key.shape[1]
-    rows = (query.float() * scaling).flatten(1, 2)  # [N, C * G, D]
-    scores = (rows @ key.float().transpose(1, 2)).unflatten(1, query.shape[1:3])  # [N, C, G, n]
-    ends = torch.arange(num_seen, num_entries, device=key.device) * sizes.stride + sizes.block - 1
-    hidden = ends > positions[..., None]  # [1 or N, C, n - num_seen]
-    scores[..., num_seen:].masked_fill_(hidden[:, :, None], float("-inf"))
-    return scores.softmax(dim=-1)
-
-
 def choose_blocks(mass: torch.Tensor, positions: torch.Tensor, num_blocks: int, sizes: NSASizes) -> torch.Tensor:
     """The selection blocks that each query reads, eq. 9-11.
 
@@ -180,85 +307,27 @@ def choose_blocks(mass: torch.Tensor, positions: torch.Tensor, num_blocks: int, 
     what lies on its units. With sizes 32, 16, 64 these are the entries 4j-1 .. 4j+3 with weights 1, 2, 2, 2, 1.
 
     Args:
-        mass: float32 [N, C, n], compressed probabilities summed over the heads of a group.
-        positions: int64 [1 or N, C].
+        mass: float32 [..., C, n], compressed probabilities summed over the heads of a group.
+        positions: int64 [..., C].
         num_blocks: blocks up to the one of the last position.
 
     Returns:
-        int64 [N, C, num_select] in no order; -1 fills up where fewer blocks exist.
+        int64 [..., C, num_select] in no order; -1 fills up where fewer blocks exist.
     """
     units_a_block, units_a_select = sizes.block // sizes.stride, sizes.select_block // sizes.stride
     num_units = num_blocks * units_a_select
     padded = F.pad(mass, (units_a_block - 1, num_units - mass.shape[-1]))
-    on_units = sum(padded[..., i : i + num_units] for i in range(units_a_block))  # [N, C, units]
-    importance = on_units.unflatten(-1, (num_blocks, units_a_select)).sum(dim=-1)  # [N, C, blocks]
+    on_units = sum(padded[..., i : i + num_units] for i in range(units_a_block))  # [..., C, units]
+    importance = on_units.unflatten(-1, (num_blocks, units_a_select)).sum(dim=-1)  # [..., C, blocks]
 
-    own = (positions // sizes.select_block)[..., None]  # [1 or N, C, 1]
+    own = (positions // sizes.select_block)[..., None]  # [..., C, 1]
     block = torch.arange(num_blocks, device=mass.device)
-    fixed = (block < sizes.num_init) | (block > own - sizes.num_local)
-    importance.masked_fill_(fixed, float("inf"))
+    importance[..., : sizes.num_init] = float("inf")
+    importance.masked_fill_(block > own - sizes.num_local, float("inf"))
     importance.masked_fill_(block > own, float("-inf"))
     best, blocks = importance.topk(min(sizes.num_select, num_blocks), dim=-1, sorted=False)
-    blocks = blocks.masked_fill(best == float("-inf"), -1)
-    return F.pad(blocks, (0, sizes.num_select - blocks.shape[-1]), value=-1)
-
-
-class _CompressedAttention(torch.autograd.Function):
-    """`compressed_attention`; the backward computes the probabilities again, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, scaling, first_position, sizes):
-        ctx.save_for_backward(query, key, value)
-        ctx.arguments = scaling, first_position, sizes
-        streams, length, heads, _ = query.shape
-        output = query.new_zeros(streams, length, heads, value.shape[-1])
-        # Before the end of the first compressed block a query reads the block it is in, which is block 0.
-        blocks = torch.full((streams, length, sizes.num_select), -1, device=query.device)
-        blocks[..., 0] = 0
-        for part, positions, probs in _CompressedAttention.chunks(query, key, scaling, first_position, sizes):
-            values = value[:, : probs.shape[-1]].float()
-            output[:, part] = (probs.flatten(1, 2) @ values).unflatten(1, (-1, heads)).to(output.dtype)
-            num_blocks = sizes.num_blocks(int(positions[0, -1]) + 1)
-            blocks[:, part] = choose_blocks(probs.sum(dim=2), positions, num_blocks, sizes)
-        ctx.mark_non_differentiable(blocks)
-        return output, blocks
-
-    @staticmethod
-    def backward(ctx, grad_output, _):
-        query, key, value = ctx.saved_tensors
-        scaling, first_position, sizes = ctx.arguments
-        grad_query = torch.zeros_like(query)
-        grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
-        for part, _, probs in _CompressedAttention.chunks(query, key, scaling, first_position, sizes):
-            seen, heads = slice(probs.shape[-1]), query.shape[2]
-            probs = probs.flatten(1, 2)  # [N, C * G, n]
-            grad = grad_output[:, part].flatten(1, 2).float()  # [N, C * G, D]
-            grad_value[:, seen] += probs.transpose(1, 2) @ grad
-            grad_probs = grad @ value[:, seen].float().transpose(1, 2)  # [N, C * G, n]
-            grad_probs -= (probs * grad_probs).sum(dim=-1, keepdim=True)
-            grad_scores = grad_probs.mul_(probs).mul_(scaling)
-            grad_query[:, part] = (grad_scores @ key[:, seen].float()).unflatten(1, (-1, heads)).to(query.dtype)
-            grad_key[:, seen] += grad_scores.transpose(1, 2) @ query[:, part].flatten(1, 2).float()
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
-
-    @staticmethod
-    def chunks(query, key, scaling, first_position, sizes):
-        """Yields chunks of queries that see something: their slice, positions [1, C], probabilities [N, C, G, n]."""
-        streams, length, heads, _ = query.shape
-        row_bytes = 4 * streams * heads * max(1, key.shape[1])
-        chunk = min(_MAX_COMPRESS_CHUNK, max(1, _SCORE_BYTES // row_bytes))
-        for start in range(max(0, sizes.block - 1 - first_position), length, chunk):
-            part = slice(start, min(start + chunk, length))
-            positions = torch.arange(first_position + part.start, first_position + part.stop, device=query.device)[
-                None
-            ]
-            seen_by_all = sizes.num_compressed(first_position + part.start + 1)
-            seen = sizes.num_compressed(first_position + part.stop)
-            yield (
-                part,
-                positions,
-                _compressed_probs(query[:, part], key[:, :seen], positions, scaling, sizes, seen_by_all),
-            )
+    blocks.masked_fill_(best == float("-inf"), -1)
+    return blocks if num_blocks >= sizes.num_select else F.pad(blocks, (0, sizes.num_select - num_blocks), value=-1)
 
 
 def compressed_attention(
@@ -273,7 +342,18 @@ def compressed_attention(
     Returns:
         [N, S, G, D], zero where no entry is visible, and int64 [N, S, num_select], -1 where there are fewer blocks.
     """
-    return _CompressedAttention.apply(query, key, value, scaling, first_position, sizes)
+    blocks = torch.full((*query.shape[:2], sizes.num_select), -1, device=query.device)
+    # Before the end of the first compressed block a query reads the block it is in, which is block 0.
+    blocks[..., 0] = 0
+
+    def choose(stream: int, queries: slice, probs: torch.Tensor):
+        positions = torch.arange(queries.start, queries.stop, device=query.device) + first_position  # [C]
+        num_blocks = sizes.num_blocks(first_position + queries.stop)
+        blocks[stream, queries] = choose_blocks(probs.sum(dim=1), positions, num_blocks, sizes)
+
+    view = _Entries(first_position, sizes)
+    output = _TiledAttention.apply(query, key, value, scaling, view, _MAX_TILE, choose)
+    return output, blocks
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -294,14 +374,16 @@ class _SelectedAttention(torch.autograd.Function):
         output = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=torch.float32)
         maximum = query.new_full((*query.shape[:3], 1), float("-inf"), dtype=torch.float32)
         total = torch.zeros_like(maximum)
-        for stream, tokens, rows, scores in _SelectedAttention.block_scores(query, key, blocks, *ctx.arguments):
+        value = value.float()
+        memory = output.new_empty(_MAX_ROWS, *output.shape[2:])
+        for stream, tokens, rows, _, scores in _SelectedAttention.block_scores(query, key, blocks, *ctx.arguments):
             old_maximum = maximum[stream].index_select(0, rows)  # [R, G, 1]
             new_maximum = torch.maximum(old_maximum, scores.amax(dim=-1, keepdim=True))
             probs = scores.sub_(new_maximum).exp_()  # [R, G, tokens], without the division
             decay = (old_maximum - new_maximum).exp_()
             new_total = total[stream].index_select(0, rows).mul_(decay).add_(probs.sum(dim=-1, keepdim=True))
-            new_output = output[stream].index_select(0, rows).mul_(decay)  # [R, G, D]
-            new_output.flatten(0, 1).addmm_(probs.flatten(0, 1), value[stream, tokens].float())
+            new_output = torch.index_select(output[stream], 0, rows, out=memory[: len(rows)]).mul_(decay)  # [R, G, D]
+            new_output.flatten(0, 1).addmm_(probs.flatten(0, 1), value[stream, tokens])
             maximum[stream].index_copy_(0, rows, new_maximum)
             total[stream].index_copy_(0, rows, new_total)
             output[stream].index_copy_(0, rows, new_output)
@@ -315,41 +397,50 @@ class _SelectedAttention(torch.autograd.Function):
         grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))
         mean_grad = (grad_output.float() * output.float()).sum(dim=-1, keepdim=True)  # [N, S, G, 1]
         scaling = ctx.arguments[0]
-        for stream, tokens, rows, scores in _SelectedAttention.block_scores(query, key, blocks, *ctx.arguments):
+        float_key, float_value = key.float(), value.float()
+        memory = grad_output.new_empty(_MAX_ROWS, *grad_output.shape[2:])
+        for stream, tokens, rows, queries, scores in _SelectedAttention.block_scores(
+            query, key, blocks, *ctx.arguments
+        ):
             probs = scores.sub_(log_sum_exp[stream].index_select(0, rows)).exp_()  # [R, G, tokens]
-            grad = grad_output[stream].index_select(0, rows).float()  # [R, G, D]
-            grad_scores = grad @ value[stream, tokens].float().T
+            grad = torch.index_select(grad_output[stream], 0, rows, out=memory[: len(rows)]).float()  # [R, G, D]
+            grad_scores = grad @ float_value[stream, tokens].T
             grad_scores.sub_(mean_grad[stream].index_select(0, rows)).mul_(probs).mul_(scaling)  # [R, G, tokens]
-            grad_query[stream].index_add_(0, rows, grad_scores @ key[stream, tokens].float())
-            queries = query[stream].index_select(0, rows).flatten(0, 1).float()  # [R * G, D]
-            grad_key[stream, tokens] += grad_scores.flatten(0, 1).T @ queries
-            grad_value[stream, tokens] += probs.flatten(0, 1).T @ grad.flatten(0, 1)
+            grad_query[stream].index_add_(0, rows, grad_scores @ float_key[stream, tokens])
+            grad_key[stream, tokens].addmm_(grad_scores.flatten(0, 1).T, queries.flatten(0, 1))
+            grad_value[stream, tokens].addmm_(probs.flatten(0, 1).T, grad.flatten(0, 1))
         grads = grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
         return *grads, None, None, None, None
 
     @staticmethod
     def block_scores(query, key, blocks, scaling, first_position, select_block):
-        """Yields, for each block and chunk of queries, the stream, the block's tokens (a slice), the queries that chose
-        it (int64 [R], ascending) and their scores, float32 [R, G, tokens], -inf for tokens after a query."""
+        """For each block and some of the queries that chose it, yields the stream, the block's tokens (a slice), the
+        queries' numbers (int64 [R], ascending), the queries and their scores, float32 [R, G, D] and [R, G, tokens],
+        -inf for tokens after a query. The next turn overwrites the last two."""
         streams, length, num_select = blocks.shape
+        heads, width = query.shape[2:]
+        chunk = max(1, _ROWS_A_BLOCK * -(-key.shape[1] // select_block) // num_select)
+        row_memory = query.new_empty(_MAX_ROWS, heads, width)
+        score_memory = query.new_empty(_MAX_ROWS * heads * select_block, dtype=torch.float32)
+        scaled_key = key.float() * scaling
         for stream in range(streams):
-            for start in range(0, length, _SELECT_CHUNK):
-                choices = blocks[stream, start : start + _SELECT_CHUNK].flatten()  # [C * num_select]
+            for start in range(0, length, chunk):
+                choices = blocks[stream, start : start + chunk].flatten()  # [C * num_select]
                 counts = torch.bincount(choices + 1).tolist()  # of -1, 0, 1, ...
                 chosen_by = (choices.argsort(stable=True) // num_select + start).split(counts)
-                for block, rows in enumerate(chosen_by[1:]):
-                    if not len(rows):
-                        continue
+                for block, all_rows in enumerate(chosen_by[1:]):
                     tokens = slice(block * select_block, min((block + 1) * select_block, key.shape[1]))
-                    queries = query[stream].index_select(0, rows).float()  # [R, G, D]
-                    scores = (queries.flatten(0, 1) @ (key[stream, tokens].float() * scaling).T).unflatten(
-                        0, queries.shape[:2]
-                    )  # [R, G, tokens]
-                    if tokens.stop > first_position + int(rows[0]):
-                        token = torch.arange(tokens.start, tokens.stop, device=key.device)
-                        hidden = token > first_position + rows[:, None]  # [R, tokens]
-                        scores.masked_fill_(hidden[:, None], float("-inf"))
-                    yield stream, tokens, rows, scores
+                    keys = scaled_key[stream, tokens].T  # [D, tokens]
+                    for rows in all_rows.split(_MAX_ROWS) if len(all_rows) else ():
+                        queries = torch.index_select(query[stream], 0, rows, out=row_memory[: len(rows)]).float()
+                        scores = score_memory[: len(rows) * heads * keys.shape[1]].view(-1, keys.shape[1])
+                        torch.mm(queries.flatten(0, 1), keys, out=scores)
+                        scores = scores.unflatten(0, (-1, heads))  # [R, G, tokens]
+                        if tokens.stop > first_position + int(rows[0]):
+                            token = torch.arange(tokens.start, tokens.stop, device=key.device)
+                            hidden = token > first_position + rows[:, None]  # [R, tokens]
+                            scores.masked_fill_(hidden[:, None], float("-inf"))
+                        yield stream, tokens, rows, queries, scores
 
 
 def selected_attention(
@@ -372,50 +463,6 @@ def selected_attention(
         [N, S, G, D].
     """
     return _SelectedAttention.apply(query, key, value, blocks, scaling, first_position, select_block)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Window branch
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def window_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int
-) -> torch.Tensor:
-    """Attention of each query to the last `window` tokens, itself counted, in tiles of queries.
-
-    Args:
-        query: [N, S, G, D].
-        key, value: [N, T, D] with T >= S; the last key belongs to the last query. At least the window - 1 keys before
-            the first query must be there, if so many exist.
-
-    Returns:
-        [N, S, G, D].
-    """
-    length, heads = query.shape[1:3]
-    past = min(key.shape[1] - length, window - 1)  # keys before the first query
-    reach = -(-(window - 1) // _WINDOW_TILE)  # tiles before a query's own that its window may touch
-    # split and cat rather than slices, whose gradients would each be as long as the sequence
-    key_tiles, value_tiles = (
-        (states[:, -length - past : -length], *states[:, -length:].split(_WINDOW_TILE, dim=1))
-        for states in (key, value)
-    )
-    outputs = []
-    for i, queries in enumerate(query.split(_WINDOW_TILE, dim=1)):
-        near = slice(max(0, i + 1 - reach), i + 2)  # the past is tile 0
-        keys, values = (torch.cat(tiles[near], dim=1)[:, None] for tiles in (key_tiles, value_tiles))  # [N, 1, t, D]
-        age = torch.arange(queries.shape[1], device=key.device)[:, None] - torch.arange(
-            queries.shape[1] - keys.shape[2], queries.shape[1], device=key.device
-        )  # [C, t], tokens from key to query
-        output = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),  # [N, G, C, D]
-            keys.expand(-1, heads, -1, -1),
-            values.expand(-1, heads, -1, -1),
-            attn_mask=(age >= 0) & (age < window),
-            scale=scaling,
-        )
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -444,20 +491,38 @@ def attend_sequence(
     Returns:
         [B, H, S, D].
     """
-    batch, _, length, _ = query.shape
+    batch, heads, length, _ = query.shape
     num_key_value_heads = states.selected[0].shape[1]
-    queries = query.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)  # [N, S, G, D]
+    group = heads // num_key_value_heads
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
-    first = selected[0].shape[1] - length
-    from_compressed, blocks = compressed_attention(queries, *compressed, scaling, first, sizes)
-    from_selected = selected_attention(queries, *selected, blocks, scaling, first, sizes.select_block)
-    from_window = window_attention(queries, *windowed, scaling, sizes.window)
-    gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).unbind(-1)  # [N, S, G] each
-    output = sum(
-        branch * gate[..., None]
-        for branch, gate in zip((from_compressed, from_selected, from_window), gates, strict=True)
-    )
-    return output.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, S, D]
+    past, past_in_window = selected[0].shape[1] - length, windowed[0].shape[1] - length
+    # Without a gradient nothing needs the branches as a whole; pieces are small enough to use the same memory again.
+    chunk = length if torch.is_grad_enabled() else max(1, _CHUNK_BYTES // (query[:, :, 0].numel() * 4))
+    outputs = []
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        queries, gate = (
+            x[:, :, start:stop].unflatten(1, (num_key_value_heads, group)).transpose(2, 3).flatten(0, 1)
+            for x in (query, gates)
+        )  # [N, C, G, D], [N, C, G, 3]
+        first, entries = past + start, sizes.num_compressed(past + stop)
+        from_compressed, blocks = compressed_attention(
+            queries, *(x[:, :entries] for x in compressed), scaling, first, sizes
+        )
+        from_selected = selected_attention(
+            queries, *(x[:, : past + stop] for x in selected), blocks, scaling, first, sizes.select_block
+        )
+        from_window = window_attention(
+            queries, *(x[:, : past_in_window + stop] for x in windowed), scaling, sizes.window
+        )
+        output = sum(
+            branch * weight
+            for branch, weight in zip(
+                (from_compressed, from_selected, from_window), gate.split(1, dim=-1), strict=True
+            )
+        )
+        outputs.append(output.unflatten(0, (batch, num_key_value_heads)).transpose(2, 3).flatten(1, 2))  # [B, H, C, D]
+    return torch.cat(outputs, dim=2)
 
 
 def attend_gathered(
@@ -484,6 +549,7 @@ def attend_gathered(
     num_key_value_heads, num_slots = states.selected[0].shape[1:3]
     queries = query.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)  # [N, S, G, D]
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
+    rows = queries.float() * scaling
     streams = torch.arange(len(queries), device=query.device)
     slots = torch.arange(num_slots - length, num_slots, device=query.device)  # [S], of the queries
     start = streams.new_zeros(1) if starts is None else starts.repeat_interleave(num_key_value_heads)  # [1 or N]
@@ -491,38 +557,48 @@ def attend_gathered(
 
     key, value = (states[:, : sizes.num_compressed(num_slots)] for states in compressed)
     if key.shape[1]:
-        probs = _compressed_probs(queries, key, positions, scaling, sizes, num_seen=0)  # [N, S, G, n]
-        probs = probs.masked_fill((positions < sizes.block - 1)[..., None, None], 0.0)
+        scores = (rows.flatten(1, 2) @ key.float().transpose(1, 2)).unflatten(1, rows.shape[1:3])  # [N, S, G, n]
+        seen_by_all = sizes.num_compressed(num_slots - length + 1) if starts is None else 0
+        if seen_by_all < key.shape[1]:
+            _hide_entries(scores, positions, seen_by_all, sizes)
+        probs = scores.softmax(dim=-1)
+        if not seen_by_all:
+            probs = probs.masked_fill((positions < sizes.block - 1)[..., None, None], 0.0)
         from_compressed = (probs.flatten(1, 2) @ value.float()).unflatten(1, probs.shape[1:3])  # [N, S, G, D]
         mass = probs.sum(dim=2)  # [N, S, n]
     else:
-        from_compressed, mass = 0.0, queries.new_zeros(len(queries), length, 0, dtype=torch.float32)
+        from_compressed, mass = 0.0, rows.new_zeros(len(rows), length, 0)
     blocks = choose_blocks(mass, positions, sizes.num_blocks(num_slots), sizes)  # [N, S, num_select]
 
     in_block = torch.arange(sizes.select_block, device=query.device)
     tokens = (blocks[..., None] * sizes.select_block + in_block).flatten(-2)  # [N, S, t], positions
-    seen = (tokens <= positions[..., None]) & (blocks >= 0).repeat_interleave(sizes.select_block, dim=-1)
-    chosen = (tokens + start[:, None, None]).clamp(0, num_slots - 1)  # [N, S, t], slots
+    seen = (tokens >= 0) & (tokens <= positions[..., None])
+    chosen = (tokens if starts is None else tokens + start[:, None, None]).clamp(0, num_slots - 1)  # [N, S, t], slots
     key, value = (states[streams[:, None, None], chosen] for states in selected)  # [N, S, t, D]
-    from_selected = _attend(queries, key, value, seen, scaling)
+    from_selected = _attend(rows, key, value, seen)
 
     recent = torch.arange(max(0, num_slots - length - sizes.window + 1), num_slots, device=query.device)  # [t], slots
-    age = slots[:, None] - recent  # [S, t]
-    seen = (age >= 0) & (age < sizes.window) & (recent >= start[:, None, None])  # [1 or N, S, t]
-    seen = seen | (age == 0)  # a query before the first token has itself, so that no row is empty
     key, value = (states[:, None, -len(recent) :] for states in windowed)  # [N, 1, t, D]
-    from_window = _attend(queries, key, value, seen, scaling)
+    seen = None  # one query sees all of them
+    if length > 1 or starts is not None:
+        age = slots[:, None] - recent  # [S, t]
+        seen = (age >= 0) & (age < sizes.window) & (recent >= start[:, None, None])  # [1 or N, S, t]
+        seen = seen | (age == 0)  # a query before the first token has itself, so that no row is empty
+    from_window = _attend(rows, key, value, seen)
 
-    gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).unbind(-1)  # [N, S, G] each
-    branches = zip((from_compressed, from_selected, from_window), gates, strict=True)
-    output = sum(branch * gate.float()[..., None] for branch, gate in branches).to(query.dtype)
+    gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).float()  # [N, S, G, 3]
+    branches = zip((from_compressed, from_selected, from_window), gates.split(1, dim=-1), strict=True)
+    output = sum(branch * gate for branch, gate in branches).to(query.dtype)
     return output.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, S, D]
 
 
-def _attend(query, key, value, seen, scaling) -> torch.Tensor:
-    """query [N, S, G, D]; key, value [N, S or 1, t, D]; seen bool [1 or N, S, t] -> float32 [N, S, G, D]"""
-    scores = (query.float() * scaling) @ key.float().transpose(-1, -2)  # [N, S, G, t]
-    return scores.masked_fill(~seen[:, :, None], float("-inf")).softmax(dim=-1) @ value.float()
+def _attend(query, key, value, seen) -> torch.Tensor:
+    """query float32 [N, S, G, D], scaled; key, value [N, S or 1, t, D]; seen bool [1 or N, S, t] or None for all
+    -> float32 [N, S, G, D]"""
+    scores = query @ key.float().transpose(-1, -2)  # [N, S, G, t]
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, :, None], float("-inf"))
+    return scores.softmax(dim=-1) @ value.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(nsa, "_MAX_COMPRESS_CHUNK", 16)
-    monkeypatch.setattr(nsa, "_SELECT_CHUNK", 32)
-    monkeypatch.setattr(nsa, "_WINDOW_TILE", 16)
+    monkeypatch.setattr(nsa, "_MAX_TILE", 16)
+    monkeypatch.setattr(nsa, "_ROWS_A_BLOCK", 7)
 
 
 @pytest.fixture(scope="module")

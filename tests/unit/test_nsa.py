@@ -19,9 +19,8 @@ SCALING = 0.5
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Chunks so small that tests with few tokens go through several, and end within one."""
-    monkeypatch.setattr(nsa, "_MAX_COMPRESS_CHUNK", 7)
-    monkeypatch.setattr(nsa, "_SELECT_CHUNK", 13)
-    monkeypatch.setattr(nsa, "_WINDOW_TILE", 5)
+    monkeypatch.setattr(nsa, "_MAX_TILE", 7)
+    monkeypatch.setattr(nsa, "_ROWS_A_BLOCK", 7)
 
 
 def make_streams(length: int, sizes: NSASizes, streams: int = 2, heads: int = 3, width: int = 8, value_width: int = 6):
