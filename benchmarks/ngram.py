@@ -22,6 +22,7 @@ symbols, last symbol), one int64 whatever n.
 """
 
 import argparse
+import itertools
 import json
 import math
 import resource
@@ -325,11 +326,13 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError("--units other than token need --tokenizer, to turn tokens back into text")
             check_same_tokenizer(args.tokenizer, args.data)
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-        results = [measure(args.data, unit, order, tokenizer) for unit in args.units for order in args.order]
+        results = []
+        for unit, order in itertools.product(args.units, args.order):
+            results.append(measure(args.data, unit, order, tokenizer))
+            write_results(args.name, {"machine": describe_machine(), "runs": results})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_results(args.name, {"machine": describe_machine(), "runs": results})
     languages = list(results[0]["held_out"])
     table = Table("unit", "order", *(f"{name}, bits per byte" for name in languages), "seconds", "peak GiB")
     for run in results:
