@@ -52,27 +52,8 @@ SPECIAL_ADDED_TOKENS = frozenset({"<|EOT|>"})
 # bos, eos, pad and 256 bytes come before the first merge; the added tokens after the last.
 MIN_VOCAB_SIZE = 3 + 256 + len(ADDED_TOKENS)
 
-# V3's plain chat. `{% generation %}` marks what the assistant wrote, its eos included, so that
-# `apply_chat_template(return_assistant_tokens_mask=True)` says which tokens to train on.
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{{- messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') -}}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{- '<｜User｜>' + message['content'] -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- '<｜Assistant｜>' -}}
-        {%- generation -%}
-            {{- message['content'] + eos_token -}}
-        {%- endgeneration -%}
-    {%- elif message['role'] != 'system' -%}
-        {{- raise_exception('message role is ' + message['role'] + '; use system, user or assistant') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<｜Assistant｜>' -}}
-{%- endif -%}
-"""
+# The same file that stands beside the checkpoint in the root.
+CHAT_TEMPLATE = (Path(__file__).resolve().parents[1] / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def train_tokenizer(

@@ -2,15 +2,21 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from tokenization.chains import build_chain
 from tokenization.documents import is_held_out, read_documents
 from tokenization.train_bpe import ADDED_TOKENS, BOS, EOS, MIN_VOCAB_SIZE, PAD, main, train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
     f"In chapter {i} the reader of numbers wrote: the sum of {i} and {i + 1} is {2 * i + 1}.\n\n"
     f"第{i}章说，读者写下了数字{i}，然后又写下了下一个数字。\n"
@@ -49,11 +55,54 @@ def test_only_special_tokens_are_skipped_in_decoding(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<｜User｜>1<think>2</think>"
 
 
+# What is hard: line breaks and spaces of many kinds, combining marks, joined emoji, digits, control tokens.
+MIXED = [
+    "\n",
+    "\r",
+    " ",
+    "\t",
+    "\u3000",
+    "\u00a0",
+    "\x00",
+    "é",
+    "e\u0301",
+    "👩‍👩‍👧",
+    "９",
+    "1",
+    "。",
+    "字",
+    "か",
+    "<think>",
+    "</s>",
+    EOS,
+]
+SHIPPED = Tokenizer.from_file(str(ROOT / "tokenizer.json"))
+
+
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=60))
 @pytest.mark.parametrize("chain", ["v3", "llm"])
 def test_any_text_survives(chain, text):
-    tokenizer = TOKENIZERS[chain]
+    _check_round_trip(TOKENIZERS[chain], text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(alphabet=st.characters(codec="utf-8"), max_size=200)
+    | st.lists(st.sampled_from(MIXED), max_size=40).map("".join)
+)
+def test_any_text_survives_the_shipped_tokenizer(text):
+    _check_round_trip(SHIPPED, text)
+
+
+def test_every_character_survives():
+    """All of Unicode but the surrogates, in pieces of 4096."""
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(characters), 4096):
+        _check_round_trip(SHIPPED, "".join(characters[start : start + 4096]))
+
+
+def _check_round_trip(tokenizer, text):
     ids = tokenizer.encode(text).ids
     assert ids[0] == 0
     assert tokenizer.decode(ids[1:], skip_special_tokens=False) == text
@@ -83,6 +132,27 @@ def test_training_is_deterministic():
     assert train_tokenizer(TEXTS, VOCAB_SIZE, show_progress=False).to_str() == TOKENIZERS["v3"].to_str()
 
 
+def test_training_does_not_depend_on_the_process(folder):
+    """String hashing differs from process to process; the files may not."""
+    command = [sys.executable, "-m", "tokenization.train_bpe", str(folder / "texts.jsonl.gz")]
+    command += ["--vocab-size", str(VOCAB_SIZE), "--output", str(folder / "again")]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_chinese_run_is_one_piece_but_no_token():
+    phrase = "道可道非常道名可名非常名"
+    texts = [phrase * 3] * 50
+    assert next(text for text, _ in build_chain("v3").pre_tokenize_str("甲" * 5000 + "a")) == "çĶ²" * 5000
+    longest = {
+        limit: _longest(train_tokenizer(texts, MIN_VOCAB_SIZE + 16, max_token_length=limit, show_progress=False))
+        for limit in (6, 16)
+    }
+    assert longest[6] == 6
+    assert 6 < longest[16] <= 16
+
+
 def test_token_length_is_limited():
     limited = train_tokenizer(TEXTS, MIN_VOCAB_SIZE + 20, max_token_length=2, show_progress=False)
     assert _longest(limited) == 2
@@ -93,40 +163,6 @@ def _longest(tokenizer) -> int:
     """Bytes of the longest learned token: in the byte-level alphabet a character is a byte."""
     learned = set(tokenizer.get_vocab()) - {BOS, EOS, PAD, *ADDED_TOKENS}
     return max(len(token) for token in learned)
-
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "你好"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "again"},
-]
-
-
-def test_chat_is_v3s_plain_format(tokenizer):
-    rendered = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert rendered == (
-        f"{BOS}Be brief.\n\nBe kind.<｜User｜>你好<｜Assistant｜>Hello.{EOS}<｜User｜>again<｜Assistant｜>"
-    )
-
-
-def test_chat_and_text_begin_with_exactly_one_bos(tokenizer):
-    assert tokenizer("a")["input_ids"].count(0) == 1
-    ids = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
-    assert ids[0] == 0
-    assert ids.count(0) == 1
-
-
-def test_assistant_mask_covers_the_answer_and_its_eos(tokenizer):
-    encoded = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    chosen = [i for i, keep in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if keep]
-    assert tokenizer.decode(chosen) == f"Hello.{EOS}"
-
-
-def test_unknown_role_is_refused(tokenizer):
-    with pytest.raises(Exception, match="use system, user or assistant"):
-        tokenizer.apply_chat_template([{"role": "robot", "content": ""}], tokenize=False)
 
 
 def test_held_out_documents_are_chosen_by_text_alone():
