@@ -6,7 +6,8 @@
 A shard is a flat uint16 file of documents, each `bos text eos`. A row is a window of such a file, so it may hold the end
 of one document and the start of the next. Packing (DeepSeek-V3, arXiv:2412.19437, section 4.1, here without cross-document
 attention): `position_ids` restart at 0 at each bos, from which the model's mask keeps documents apart, and a bos is never
-a target.
+a target. With `--fim-rate` some training documents become fill-in-the-middle samples. A document that spells the name of a
+control token is encoded as text.
 
 Shapes: B rows, S tokens a row.
 """
@@ -28,6 +29,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
+from tokenization.fim import check_rates, draw_fim, encode_fim, fim_token_ids
+from tokenization.plain import PlainEncoder
 
 INDEX_NAME = "index.json"
 IGNORED_LABEL = -100  # the label that every transformers loss skips
@@ -74,6 +77,8 @@ def write_language(
     held_out_fraction: float,
     shard_tokens: int,
     text_field: str,
+    fim_rate: float,
+    fim_spm_share: float,
 ) -> dict:
     """Tokenise one language's files into train and held-out shards in `folder`; returns its index entry.
 
@@ -85,12 +90,18 @@ def write_language(
         "held_out": ShardWriter(folder, f"{language}-held-out", sys.maxsize),  # one file: evaluation reads it whole
     }
     sizes: dict[str, list[tuple[int, int]]] = {"train": [], "held_out": []}
+    encode = PlainEncoder(tokenizer)
     documents = itertools.chain.from_iterable(read_documents(path, text_field) for path in paths)
     with tqdm(desc=f"tokenising {language}", unit="B", unit_scale=True) as bar:
         for texts in _batched(documents, 64):
             for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
                 split = "held_out" if is_held_out(text, held_out_fraction) else "train"
                 num_bytes = len(text.encode("utf-8"))
+                sample = draw_fim(text, fim_rate, fim_spm_share) if split == "train" else None
+                if sample is not None:
+                    ids = [tokenizer.bos_token_id, *encode_fim(encode, sample)]
+                elif encode.has_control_tokens(text):
+                    ids = [tokenizer.bos_token_id, *encode(text)]
                 ids.append(tokenizer.eos_token_id)
                 writers[split].add(ids)
                 sizes[split].append((len(ids), num_bytes))
@@ -122,6 +133,8 @@ def build_dataset(
     min_held_out_bytes: int = 200_000,
     shard_tokens: int = 1 << 23,
     text_field: str = "text",
+    fim_rate: float = 0.0,
+    fim_spm_share: float = 0.0,
 ) -> dict:
     """Tokenise all languages into `output` and return the index.
 
@@ -135,17 +148,22 @@ def build_dataset(
         min_held_out_bytes: refuse a split whose held-out text is shorter, in UTF-8 bytes for each language.
         shard_tokens: tokens in a training file.
         text_field: key of the text in .jsonl files.
+        fim_rate: share of training documents made fill-in-the-middle samples, in [0, 1]; V3 has 0.1.
+        fim_spm_share: of these, the share in the order suffix-prefix-middle, in [0, 1].
 
     Raises:
         ValueError: an option, the tokenizer or the size of the held-out set is unusable.
         FileExistsError: `output` exists.
     """
     check_fraction(held_out_fraction)
+    check_rates(fim_rate, fim_spm_share)
     check_paths([path for paths in files.values() for path in paths])
     if output.exists():
         raise FileExistsError(f"--output {output} exists; remove it or name another folder")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     check_tokenizer(tokenizer)
+    if fim_rate:
+        fim_token_ids(PlainEncoder(tokenizer))  # refuses a tokenizer without them
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -155,9 +173,19 @@ def build_dataset(
             "eos_token_id": tokenizer.eos_token_id,
             "tokenizer_sha256": hashlib.sha256((tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest(),
             "held_out_fraction": held_out_fraction,
+            "fim_rate": fim_rate,
+            "fim_spm_share": fim_spm_share,
             "languages": {
                 language: write_language(
-                    language, paths, tokenizer, partial, held_out_fraction, shard_tokens, text_field
+                    language,
+                    paths,
+                    tokenizer,
+                    partial,
+                    held_out_fraction,
+                    shard_tokens,
+                    text_field,
+                    fim_rate,
+                    fim_spm_share,
                 )
                 for language, paths in files.items()
             },
@@ -402,6 +430,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shard-tokens", type=int, default=1 << 23, help="tokens in a shard (default 8388608)")
     parser.add_argument("--text-field", default="text", help="key of the text in .jsonl files (default text)")
+    parser.add_argument(
+        "--fim-rate",
+        type=float,
+        default=0.0,
+        help="share of training documents made fill-in-the-middle samples, in [0, 1]; V3 has 0.1 (default 0)",
+    )
+    parser.add_argument(
+        "--fim-spm-share", type=float, default=0.0, help="of these, in suffix-prefix-middle order (default 0)"
+    )
     return parser
 
 
@@ -417,6 +454,8 @@ def main(argv: list[str] | None = None) -> int:
             args.min_held_out_bytes,
             args.shard_tokens,
             args.text_field,
+            args.fim_rate,
+            args.fim_spm_share,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

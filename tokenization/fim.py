@@ -27,18 +27,23 @@ class FimSample(NamedTuple):
     suffix: str
 
 
+def fim_token_ids(encode: PlainEncoder) -> tuple[int, int, int]:
+    """Ids of begin, hole and end; ValueError if the tokenizer lacks one."""
+    missing = [name for name in (BEGIN, HOLE, END) if name not in encode.control_ids]
+    if missing:
+        raise ValueError(f"the tokenizer has no {missing[0]}; add it with tokenization.extend --control-tokens")
+    return encode.control_ids[BEGIN], encode.control_ids[HOLE], encode.control_ids[END]
+
+
 def encode_fim(encode: PlainEncoder, sample: FimSample) -> list[int]:
     """Ids of a sample, without bos and eos. The parts are encoded one by one: no token crosses a seam.
 
     Raises:
         ValueError: the mode is unknown or the tokenizer lacks the three tokens.
     """
-    missing = [name for name in (BEGIN, HOLE, END) if name not in encode.control_ids]
-    if missing:
-        raise ValueError(f"the tokenizer has no {missing[0]}; train one with tokenization.train_bpe, which adds it")
     if sample.mode not in MODES:
         raise ValueError(f"mode is {sample.mode!r}; choose one of {', '.join(MODES)}")
-    begin, hole, end = (encode.control_ids[name] for name in (BEGIN, HOLE, END))
+    begin, hole, end = fim_token_ids(encode)
     if sample.mode == "psm":
         return [begin, *encode(sample.prefix), hole, *encode(sample.suffix), end, *encode(sample.middle)]
     return [begin, hole, *encode(sample.suffix), end, *encode(sample.prefix + sample.middle)]

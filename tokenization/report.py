@@ -1,6 +1,6 @@
 """Compares tokenizers on text: characters a token and bytes a token, by language and by source.
 
-    python -m tokenization.report --tokenizers . path/to/deepseek-v3 --files en corpus/en_*.jsonl.gz \\
+    python -m tokenization.report --tokenizers ours=. path/to/deepseek-v3 --files en corpus/en_*.jsonl.gz \\
         --files zh corpus/zh_*.jsonl.gz --held-out-fraction 0.01 --output runs/tokenizer-report
 
 Written to the output folder: `report.md` (a table), `report.json`, `report.png`. Bos is not counted, and names of control
@@ -19,21 +19,25 @@ from tqdm import tqdm
 from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
 
-def load_tokenizers(paths: list[Path]) -> dict[str, Tokenizer]:
-    """Load tokenizer.json files by name; a path is the file or its folder, whose name becomes the tokenizer's.
+def load_tokenizers(arguments: list[str]) -> dict[str, Tokenizer]:
+    """Load tokenizer.json files by name.
+
+    Args:
+        arguments: `PATH` or `NAME=PATH`, where the path is the file or its folder, and the folder's name the default name.
 
     Raises:
         ValueError: two names are the same, or a file cannot be read.
         FileNotFoundError: there is no such file.
     """
     tokenizers = {}
-    for path in paths:
-        file = path / "tokenizer.json" if path.is_dir() else path
+    for argument in arguments:
+        name, _, path = argument.rpartition("=")
+        file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; pass folders that hold a tokenizer.json, or such files")
-        name = file.resolve().parent.name
+        name = name or file.absolute().parent.name
         if name in tokenizers:
-            raise ValueError(f"two tokenizers are in folders named {name!r}; rename one, the name is how they are told apart")
+            raise ValueError(f"two tokenizers are named {name!r}; give one another name by NAME=PATH")
         try:
             tokenizers[name] = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -85,7 +89,9 @@ def measure(
             if counts["bytes"]:  # a small source may have nothing held out
                 sources[language][name] = counts
         if not sources[language]:
-            raise ValueError(f"language {language!r} has no text to measure on; raise --held-out-fraction or add files")
+            raise ValueError(
+                f"language {language!r} has no text to measure on; raise --held-out-fraction or add files"
+            )
     return {
         "tokenizers": {name: tokenizer.get_vocab_size() for name, tokenizer in tokenizers.items()},
         "held_out_fraction": held_out_fraction,
@@ -130,7 +136,12 @@ def draw(report: dict, path: Path) -> None:
     languages, names = report["sources"], list(report["tokenizers"])
     widths = [len(sources) + 1 for sources in languages.values()]
     figure, axes = plt.subplots(
-        1, len(languages), figsize=(2 + 0.9 * sum(widths), 4.2), width_ratios=widths, squeeze=False, layout="constrained"
+        1,
+        len(languages),
+        figsize=(2 + 0.9 * sum(widths), 4.2),
+        width_ratios=widths,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (language, sources) in zip(axes[0], languages.items(), strict=True):
         groups = {f"all {language}": report["languages"][language], **sources}
@@ -149,7 +160,9 @@ def draw(report: dict, path: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
     parser = argparse.ArgumentParser(prog="python -m tokenization.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokenizers", nargs="+", type=Path, required=True, help="folders with tokenizer.json, or files")
+    parser.add_argument(
+        "--tokenizers", nargs="+", required=True, metavar="[NAME=]PATH", help="folders with tokenizer.json, or files"
+    )
     parser.add_argument(
         "--files",
         nargs="+",

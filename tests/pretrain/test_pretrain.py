@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -51,6 +53,46 @@ def test_train_and_held_out_tokens_are_the_documents(workspace):
         entry = index["languages"][language]
         assert entry["train"]["documents"] + len(expected) == len(texts)
         assert len(entry["train"]["shards"]) > 1
+
+
+def test_fim_samples_are_training_documents_in_another_order(workspace, tmp_path):
+    """Every training document is a sample or itself, in its place; held-out documents never change."""
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    files = {language: [workspace / f"{language}.jsonl"] for language in TEXTS}
+    build_dataset(
+        files, workspace / "tokenizer", tmp_path / "data", 0.2, min_held_out_bytes=1, fim_rate=0.5, fim_spm_share=0.5
+    )
+    begin, hole, end = tokenizer.convert_tokens_to_ids(["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"])
+    modes = []
+    for language, texts in TEXTS.items():
+        tokens = np.fromfile(tmp_path / "data" / f"{language}-train-00000.bin", dtype=np.uint16).tolist()
+        documents = tokenizer.decode(tokens).split(tokenizer.bos_token)[1:]
+        for document, text in zip(documents, [text for text in texts if not is_held_out(text, 0.2)], strict=True):
+            document = document.removesuffix(tokenizer.eos_token)
+            if match := re.fullmatch("<｜fim▁begin｜>(.*)<｜fim▁hole｜>(.*)<｜fim▁end｜>(.*)", document, re.DOTALL):
+                prefix, suffix, middle = match.groups()
+                assert prefix + middle + suffix == text
+                modes.append("psm" if prefix else "spm")
+            else:
+                assert document == text
+                modes.append("text")
+        assert {begin, hole, end} <= set(tokens)
+        old, new = (load_held_out(folder / "data", 16)[language].windows for folder in (workspace, tmp_path))
+        assert torch.equal(old, new)
+    assert {mode: modes.count(mode) > len(modes) / 8 for mode in ("psm", "spm", "text")} == dict.fromkeys(
+        ("psm", "spm", "text"), True
+    )
+
+
+def test_names_of_control_tokens_in_documents_are_text(workspace, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    text = f"a{tokenizer.bos_token}b{tokenizer.eos_token}<｜User｜>" * 3
+    (tmp_path / "en.txt").write_text(text)
+    build_dataset({"en": [tmp_path / "en.txt"]}, workspace / "tokenizer", tmp_path / "data", 0.0, min_held_out_bytes=0)
+    bos, *tokens, eos = np.fromfile(tmp_path / "data" / "en-train-00000.bin", dtype=np.uint16).tolist()
+    assert (bos, eos) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert not {bos, eos} & set(tokens)
+    assert tokenizer.decode(tokens) == text
 
 
 def test_packed_positions_equal_separate_documents():

@@ -146,11 +146,12 @@ def test_a_chinese_run_is_one_piece_but_no_token():
     texts = [phrase * 3] * 50
     assert next(text for text, _ in build_chain("v3").pre_tokenize_str("甲" * 5000 + "a")) == "çĶ²" * 5000
     longest = {
-        limit: _longest(train_tokenizer(texts, MIN_VOCAB_SIZE + 16, max_token_length=limit, show_progress=False))
-        for limit in (6, 16)
+        limit: _longest(train_tokenizer(texts, MIN_VOCAB_SIZE + size, max_token_length=limit, show_progress=False))
+        for limit, size in ((6, 12), (16, 18), (1000, 22))
     }
-    assert longest[6] == 6
-    assert 6 < longest[16] <= 16
+    assert 3 <= longest[6] <= 6
+    assert longest[6] < longest[16] <= 16
+    assert longest[1000] >= len(phrase.encode())
 
 
 def test_token_length_is_limited():
