@@ -152,7 +152,7 @@ def draw(report: dict, path: Path) -> None:
         axis.set_xticks(range(len(groups)), groups, rotation=35, ha="right")
         axis.set_ylabel("characters a token")
         axis.grid(axis="y", alpha=0.3)
-    axes[0][0].legend(title="tokenizer (vocabulary)", fontsize="small")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
