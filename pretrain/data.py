@@ -147,7 +147,7 @@ def build_dataset(
         held_out_fraction: expected share of documents kept out of training, in [0, 1).
         min_held_out_bytes: refuse a split whose held-out text is shorter, in UTF-8 bytes for each language.
         shard_tokens: tokens in a training file.
-        text_field: key of the text in .jsonl files.
+        text_field: key of the text in .jsonl files, column in .parquet files.
         fim_rate: share of training documents made fill-in-the-middle samples, in [0, 1]; V3 has 0.1.
         fim_spm_share: of these, the share in the order suffix-prefix-middle, in [0, 1].
 
@@ -418,7 +418,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar=("LANGUAGE", "FILE"),
-        help="a language name and its .jsonl/.txt (.gz) files; repeat for each language",
+        help="a language name and its .jsonl, .txt (.gz) or .parquet files; repeat for each language",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--output", type=Path, required=True, help="folder to create for the shards")
@@ -429,7 +429,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--min-held-out-bytes", type=int, default=200_000, help="least UTF-8 bytes a language (default 200000)"
     )
     parser.add_argument("--shard-tokens", type=int, default=1 << 23, help="tokens in a shard (default 8388608)")
-    parser.add_argument("--text-field", default="text", help="key of the text in .jsonl files (default text)")
+    parser.add_argument(
+        "--text-field", default="text", help="key of the text in .jsonl files, column in .parquet (default text)"
+    )
     parser.add_argument(
         "--fim-rate",
         type=float,

@@ -151,7 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-token-length", type=int, default=16, help="longest token, in bytes (default 16)")
     parser.add_argument("--chain", choices=CHAINS, default="v3", help="pre-tokenizer chain (default v3)")
-    parser.add_argument("--text-field", default="text", help="key of the text in .jsonl files (default text)")
+    parser.add_argument(
+        "--text-field", default="text", help="key of the text in .jsonl files, column in .parquet (default text)"
+    )
     parser.add_argument("--model-max-length", type=int, default=4096, help="context length, in tokens (default 4096)")
     parser.add_argument(
         "--held-out-fraction",
