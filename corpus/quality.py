@@ -47,7 +47,7 @@ def _broken_word_rule(tokens: Tokens) -> str:
     letters = np.concatenate([[0], np.cumsum(tokens.classes == LETTER)])
     if np.count_nonzero(letters[tokens.ends] > letters[tokens.starts]) < 0.8 * len(tokens):
         return "letters"
-    if np.count_nonzero(np.isin(STOP_WORDS, tokens.hashes)) < 2:
+    if sum(np.any(tokens.hashes == stop_word) for stop_word in STOP_WORDS) < 2:
         return "stop_words"
     return ""
 
@@ -80,14 +80,15 @@ def _broken_line_rule(text: str, num_tokens: int) -> str:
 
 def _broken_repetition_rule(tokens: Tokens, long_ngram: int, top_ngrams: tuple[tuple[int, float], ...]) -> str:
     for n, limit in top_ngrams:
-        hashes = ngrams(tokens.hashes, n)
-        most = limit * len(tokens) / n
-        # Counting by 12 bits of the hash bounds the true counts from above and is many times faster than sorting.
-        if np.bincount(hashes >> np.uint64(52), minlength=1).max() > most:
-            _, counts = np.unique(hashes, return_counts=True)
-            if counts.max() > max(1, most):
-                return "top_ngram"
+        most = max(1, int(limit * len(tokens) / n))
+        ordered = np.sort(ngrams(tokens.hashes, n))
+        if np.any(ordered[most:] == ordered[:-most]):  # an n-gram occurs more than `most` times
+            return "top_ngram"
     hashes = ngrams(tokens.hashes, long_ngram)
+    ordered = np.sort(hashes)
+    # Each repetition covers at most n tokens, so for nearly all texts a count settles it.
+    if long_ngram * np.count_nonzero(ordered[1:] == ordered[:-1]) <= 0.1 * len(tokens):
+        return ""
     _, first = np.unique(hashes, return_index=True)
     again = np.ones(len(hashes), dtype=np.int64)
     again[first] = 0

@@ -104,9 +104,12 @@ def hash_slices(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.
 def _mix(values: np.ndarray) -> np.ndarray:
     """Scatter 64-bit integers (the finaliser of splitmix64, with the step added so that 0 moves too)."""
     values = values + np.uint64(_STEP)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 @cache
