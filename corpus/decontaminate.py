@@ -14,7 +14,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".tsv", ".parquet", ".txt")
 _BITMAP_BITS = 24
 
 
-class TestSets:
+class Contaminants:
     """The n-grams of test sets, as hashes.
 
     Every string in a test set counts, whatever its field; each is cut by itself, so no n-gram spans two of them. A string

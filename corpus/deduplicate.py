@@ -37,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus.clusters import band_keys, buckets, first_equal, jaccard, join_similar
-from corpus.decontaminate import SUFFIXES as TEST_SUFFIXES, TestSets
+from corpus.decontaminate import SUFFIXES as TEST_SUFFIXES, Contaminants
 from corpus.quality import RULES, broken_rule
 from corpus.report import NUM_PAIRS, plot, write_html
 from corpus.signatures import BACKENDS, make_signer
@@ -113,7 +113,7 @@ def deduplicate(
         files: input files; their order decides which of several copies stays.
         output: folder to create; must not exist. Complete or absent.
         options: what to do.
-        test_sets: files for `decontaminate.TestSets`.
+        test_sets: files for `decontaminate.Contaminants`.
         workers: processes that scan; changes nothing but the time.
 
     Raises:
@@ -281,8 +281,8 @@ def _scan_file(path: Path, stem: Path, *, options: Options, test_sets: tuple[Pat
 
 
 @functools.cache
-def _load_tests(paths: tuple[Path, ...], n: int) -> TestSets:
-    return TestSets(list(paths), n)
+def _load_tests(paths: tuple[Path, ...], n: int) -> Contaminants:
+    return Contaminants(list(paths), n)
 
 
 def _source_of(record: Record, options: Options, path: Path) -> str:

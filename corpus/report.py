@@ -74,6 +74,8 @@ def plot(figures: dict, similarities: np.ndarray, target: Path) -> None:
     right.set_ylim(0, 1.05)
     counts = right.twinx()
     counts.hist(similarities, bins=np.linspace(0, 1, 51), color=_COLOURS["near"], alpha=0.7)
+    counts.set_ylim(bottom=0, top=None if len(similarities) else 1)
+    counts.yaxis.get_major_locator().set_params(integer=True)
     counts.set_ylabel("near duplicates removed")
     right.legend(loc="upper left", fontsize=8)
     right.set_title(f"{len(similarities)} near duplicates, similarity to their keeper")
