@@ -6,11 +6,12 @@ Speed: the whole command (start of Python, reading, quality rules, decontaminati
 report) in a process pinned to one core, the backends taking turns. MB are 10^6 UTF-8 bytes of text. CPU seconds are what
 the process itself used; wall seconds grow with whatever else the machine does.
 Recall: documents of the corpus and copies of them with some words or characters replaced, cleaned together at a threshold
-of 0, so that a pair counts if it is a candidate. True similarities come from sets of tokens, not of hashes.
+near 0, so that a pair counts if it is a candidate. True similarities come from sets of tokens, not of hashes.
 Writes benchmarks/results/corpus.json and corpus.png.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -67,7 +68,12 @@ def measure_speed(files: list[Path], test_sets: list[str], repeats: int) -> dict
             megabytes = figures["total"]["bytes_in"] / 1e6
             runs[backend].append(run)
             print(f"{number} {backend}: {megabytes / run['cpu_s']:.2f} MB/CPU s, {megabytes / run['wall_s']:.2f} MB/s")
-    summary: dict = {"megabytes": round(megabytes, 2), "documents": figures["total"]["documents_in"]}
+    peak = max(run["peak_mb"] for of_backend in runs.values() for run in of_backend)
+    summary: dict = {
+        "megabytes": round(megabytes, 2),
+        "documents": figures["total"]["documents_in"],
+        "peak_memory_mb": round(peak),
+    }
     for backend, of_backend in runs.items():
         summary[backend] = {
             "megabytes_per_cpu_second": [round(megabytes / run["cpu_s"], 2) for run in of_backend],
@@ -75,8 +81,6 @@ def measure_speed(files: list[Path], test_sets: list[str], repeats: int) -> dict
             "median_megabytes_per_cpu_second": round(
                 megabytes / statistics.median(run["cpu_s"] for run in of_backend), 2
             ),
-            # Of all processes so far: the greatest that any run needed.
-            "peak_memory_mb": round(max(run["peak_mb"] for run in of_backend)),
         }
     return summary
 
@@ -137,7 +141,7 @@ def measure_recall(files: list[Path]) -> dict:
                         float(candidate_probability(similarities[here], default.bands, default.rows).sum()), 1
                     ),
                 }
-                for low, high in zip(BINS[:-1], BINS[1:], strict=True)
+                for low, high in itertools.pairwise(BINS)
                 if (here := (similarities > low) & (similarities <= high)).any()
             ]
     return recall
