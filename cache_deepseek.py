@@ -1,4 +1,4 @@
-"""Cache layers: one that grows without copying the past at every token, and the one of native sparse attention.
+"""Cache layers: one that grows without copying the past at every token, one in int8, and those of sparse attention.
 
 transformers' `DynamicLayer` concatenates: each new token copies the whole cache once, which at long context costs as
 much as attention itself. `GrowingLayer` keeps spare room behind the tokens and grows by half when full, so that a
@@ -11,7 +11,7 @@ Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width o
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 _LEAST_ROOM = 256  # tokens of spare room in a new buffer
 _UNDO_TOKENS = 512  # tokens by which a layer that keeps only the last ones can be cropped without notice
@@ -20,10 +20,12 @@ _UNDO_TOKENS = 512  # tokens by which a layer that keeps only the last ones can 
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` whose `keys` and `values` are the filled parts of larger buffers.
 
-    Everything else (crop, reorder, repeat, select, reset) is inherited: those methods put other tensors into `keys`
-    and `values`, and `_append` then finds either a view of the buffer, which it extends, or another tensor, which it
-    copies into a new buffer.
+    The other methods (crop, reorder, repeat, select) put other tensors in their places, and `_append` then finds either
+    a view of the buffer, which it extends, or another tensor, which it copies into a new buffer. They act on all of
+    `token_states`, the attributes that hold one entry a token, [B, K, T, D] each.
     """
+
+    token_states = ("keys", "values")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -62,9 +64,47 @@ class GrowingLayer(DynamicLayer):
         buffer[:, :, past_length:length] = new
         return buffer[:, :, :length]
 
+    def crop(self, tokens_to_remove: int):
+        """Takes back the last `-tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)  # keys and values
+        if tokens_to_remove:
+            self._change_extras(lambda states: states[:, :, : -abs(tokens_to_remove)])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        """Row b becomes what row beam_idx[b] was."""
+        super().reorder_cache(beam_idx)
+        self._change_extras(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        """Each row becomes `repeats` rows."""
+        super().batch_repeat_interleave(repeats)
+        self._change_extras(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        """Only the rows `indices` stay."""
+        super().batch_select_indices(indices)
+        self._change_extras(lambda states: states[indices])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer holds, by name."""
+        return {name: getattr(self, name) for name in self.token_states if getattr(self, name) is not None}
+
+    def put_tensors(self, tensors: dict[str, torch.Tensor]):
+        """Fills an empty layer with what `tensors` of another gave."""
+        self.lazy_initialization(tensors["keys"], tensors["values"])
+        for name, states in tensors.items():
+            setattr(self, name, states)
+
+    def _change_extras(self, change: Callable[[torch.Tensor], torch.Tensor]):
+        for name in self.token_states[2:]:
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
     def reset(self) -> None:
         """Forgets all tokens and gives the memory back."""
         super().reset()
+        for name in self.token_states[2:]:
+            setattr(self, name, None)
         self._buffers.clear()
 
 
@@ -75,6 +115,8 @@ def _concatenate(name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tens
 class IndexedLayer(GrowingLayer):
     """A `GrowingLayer` that also holds the keys of a lightning indexer; its methods are those of transformers'
     `DynamicIndexedLayer`, so that either may be used."""
+
+    token_states = ("keys", "values", "indexer_keys")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -87,34 +129,42 @@ class IndexedLayer(GrowingLayer):
         (self.indexer_keys,) = self._append_all(("indexer_keys",), (past,), (new,))
         return self.indexer_keys[:, 0]
 
-    def crop(self, tokens_to_remove: int):
-        """Takes back the last `-tokens_to_remove` tokens."""
-        super().crop(tokens_to_remove)
-        if tokens_to_remove and self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys[:, :, : -abs(tokens_to_remove)]
 
-    def reset(self):
-        """Forgets all tokens and gives the memory back."""
-        super().reset()
-        self.indexer_keys = None
+class Int8Layer(IndexedLayer):
+    """A layer that keeps `keys` and `values` as int8, with a float32 scale for each token and head.
 
-    def reorder_cache(self, beam_idx: torch.LongTensor):
-        """Row b becomes what row beam_idx[b] was."""
-        super().reorder_cache(beam_idx)
-        if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys.index_select(0, beam_idx.to(self.indexer_keys.device))
+    For MLA that is one scale for a token's latent and one for its key with position; an indexer's keys stay as they
+    are. `update` returns all tokens in their own dtype, so one layer at a time is there in full.
+    """
 
-    def batch_repeat_interleave(self, repeats: int):
-        """Each row becomes `repeats` rows."""
-        super().batch_repeat_interleave(repeats)
-        if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys.repeat_interleave(repeats, dim=0)
+    token_states = ("keys", "values", "key_scales", "value_scales", "indexer_keys")
 
-    def batch_select_indices(self, indices: torch.Tensor):
-        """Only the rows `indices` stay."""
-        super().batch_select_indices(indices)
-        if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys[indices]
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.key_scales: torch.Tensor | None = None  # [B, K, T, 1]
+        self.value_scales: torch.Tensor | None = None  # [B, K, T, 1]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [B, K, S, D] keys and values; returns all of them, [B, K, T, D], as they are kept."""
+        (key_codes, key_scales), (value_codes, value_scales) = _quantise(key_states), _quantise(value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_codes, value_codes)
+        new = (key_codes, value_codes, key_scales, value_scales)
+        names = self.token_states[:4]
+        past = [getattr(self, name) for name in names]
+        past = [states[:, :, :0] if old is None else old for old, states in zip(past, new, strict=True)]
+        self.keys, self.values, self.key_scales, self.value_scales = self._append_all(names, tuple(past), new)
+        dtype = key_states.dtype
+        return (self.keys * self.key_scales).to(dtype), (self.values * self.value_scales).to(dtype)
+
+
+def _quantise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., D] -> int8 [..., D], float32 [..., 1]; their product is `states` to within half a step of 1/127 of the largest"""
+    states = states.detach().float()
+    scales = states.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (states / scales).round_().to(torch.int8), scales
 
 
 class NSACacheLayer(GrowingLayer):
@@ -234,6 +284,17 @@ class NSACacheLayer(GrowingLayer):
         super().batch_select_indices(indices)
         self._change_batch(lambda states: states[indices])
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer holds, by name."""
+        groups = {name: getattr(self, name) for name in ("compressed", "raw", "windowed")}
+        return super().tensors() | {f"{name}.{i}": x for name, group in groups.items() for i, x in enumerate(group)}
+
+    def put_tensors(self, tensors: dict[str, torch.Tensor]):
+        """Fills an empty layer with what `tensors` of another gave."""
+        super().put_tensors({name: tensors[name] for name in self.token_states})
+        for name, size in (("compressed", 2), ("raw", 3), ("windowed", 2)):
+            setattr(self, name, tuple(tensors[f"{name}.{i}"] for i in range(size)))
+
     def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]):
         self.compressed, self.raw, self.windowed = (
             tuple(change(states) for states in group) for group in (self.compressed, self.raw, self.windowed)
@@ -259,3 +320,28 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLaye
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = make_layer()
+
+
+def take_back(layer: CacheLayerMixin, count: int):
+    """Takes back the last `count` tokens of a layer, static ones too."""
+    if not count or not layer.is_initialized:
+        return
+    lengths = [getattr(layer, name, None) for name in ("cumulative_length", "indexer_cumulative_length")]
+    if isinstance(lengths[0], torch.Tensor):  # a static layer; what lies behind its length is never seen
+        for length in lengths:
+            if length is not None:
+                length.sub_(count)
+    else:
+        layer.crop(-count)
+
+
+def move_tokens(layer: CacheLayerMixin, start: int, count: int, targets: list[int]):
+    """Copies the `count` tokens from slot `start` on to the slots from targets[b] on, in each row b of a layer."""
+    for name in getattr(layer, "token_states", IndexedLayer.token_states):
+        states = getattr(layer, name, None)  # [B, K, T, D], an indexer's keys in transformers' layers [B, T, D]
+        if states is None:
+            continue
+        slots = torch.tensor(targets, device=states.device)[:, None] + torch.arange(count, device=states.device)
+        slots = slots.view(len(targets), *[1] * (states.ndim - 3), count, 1)
+        moved = states.narrow(-2, start, count).clone()
+        states.scatter_(-2, slots.expand_as(moved), moved)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -39,6 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_deepseek import GrowingLayer, IndexedLayer, NSACacheLayer, use_growing_layers
 from .configuration_deepseek import DeepseekConfig
 from .dsa_deepseek import LightningIndexer, VisibleTokens, find_visible_tokens, selected_latent_attention
+from .generation_deepseek import DeepseekGenerationMixin
 from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, apply_rotary, yarn_softmax_factor
 from .loading_deepseek import (
     HUB_ARGUMENTS,
@@ -53,6 +54,7 @@ from .loading_deepseek import (
 )
 from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
 from .nsa_deepseek import BlockCompressor, DeepseekNSA, find_documents
+from .prefix_deepseek import Prefix  # noqa: F401 (older loaders copy only what this file names)
 
 logger = logging.get_logger(__name__)
 
@@ -650,7 +652,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds = self._embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        use_growing_layers(past_key_values, self._make_cache_layer)
+        use_growing_layers(past_key_values, self.make_cache_layer)
 
         shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states, balance_losses, index_losses = inputs_embeds, [], []
@@ -701,6 +703,30 @@ class DeepseekModel(DeepseekPreTrainedModel):
             index_losses += [] if index_loss is None else [index_loss]
         return states, _total(balance_losses), _total(index_losses)
 
+    def run_mtp_module(
+        self,
+        index: int,
+        hidden_states: torch.Tensor,
+        next_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        past_key_values: Cache,
+    ) -> torch.Tensor:
+        """Runs one multi-token-prediction module, counted from 0, over a cache of its own, as generation does.
+
+        Args:
+            hidden_states: [B, S, hidden_size], of the model (after its norm) or of the module before.
+            next_embeds: [B, S, hidden_size], embeddings of the tokens index + 1 places on.
+            attention_mask, position_ids: as in `forward`, of the places of `hidden_states`.
+            past_key_values: a cache that has this module's layer under the indices 0 and num_hidden_layers + index.
+
+        Returns:
+            [B, S, hidden_size], before the module's output norm.
+        """
+        layer = self.layers[self.config.num_hidden_layers + index]
+        shared = self._shared_by_layers(next_embeds, attention_mask, position_ids, past_key_values)
+        return layer(hidden_states, next_embeds, past_key_values=past_key_values, **shared)[0]
+
     def _shared_by_layers(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
         """What every layer gets alike: mask, positions, rotation angles and which tokens are real."""
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -718,7 +744,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
             "token_mask": token_mask,
         }
 
-    def _make_cache_layer(self) -> GrowingLayer:
+    def make_cache_layer(self) -> GrowingLayer:
+        """An empty cache layer of the kind this model's attention wants."""
         if self.config.attention_kind == "nsa":
             return NSACacheLayer(window=self.config.nsa_window_size, block=self.config.nsa_compress_block_size)
         return GrowingLayer() if self.config.index_topk is None else IndexedLayer()
@@ -795,7 +822,7 @@ def _plain_mask_config(config):
     return config
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
     """The language model: `DeepseekModel` and an output head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

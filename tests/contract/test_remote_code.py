@@ -31,6 +31,8 @@ ALLOWED = {
     "moe_deepseek": {"layers_deepseek"},
     "nsa_deepseek": {"layers_deepseek"},
     "dsa_deepseek": {"layers_deepseek"},
+    "generation_deepseek": {"cache_deepseek", "prefix_deepseek"},
+    "prefix_deepseek": set(),
     "modeling_deepseek": set(MODULES) - {"modeling_deepseek"},
 }
 

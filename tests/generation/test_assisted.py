@@ -1,0 +1,47 @@
+"""transformers' own assisted generation on every family: prompt lookup and draft models."""
+
+import pytest
+import torch
+from tiny import make_model, make_tokens
+
+FAMILIES = ("llama", "deepseek", "v2_lite", "v2", "v3", "v32", "nsa")
+# no token is taken for padding: transformers hands no mask on to the draft model
+GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 1, "eos_token_id": 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_lookup(family):
+    model, prompt = make_model(family), make_tokens(1, 30)
+    plain = model.generate(prompt, **GREEDY)
+    prompt = torch.cat((plain, prompt[:, -4:]), dim=1)  # some of what is looked up is right, some is not
+    expected = model.generate(prompt, **GREEDY)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=4, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("noise", [0.0, 0.03], ids=["perfect", "imperfect"])
+def test_draft_model(family, noise):
+    model, assistant, prompt = make_model(family), make_model(family), make_tokens(1, 12)
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(noise * torch.randn_like(assistant.lm_head.weight))
+    # random models are never confident, and would stop drafting after one token
+    assistant.generation_config.update(assistant_confidence_threshold=0.0, num_assistant_tokens_schedule="constant")
+    assistant.generation_config.num_assistant_tokens = 4
+    forwards = []
+    model.model.register_forward_hook(lambda *_: forwards.append(1))
+    actual = model.generate(prompt, assistant_model=assistant, **GREEDY)
+    assert len(forwards) < (8 if not noise else 20), "hardly a draft was accepted"
+    assert torch.equal(actual, model.generate(prompt, **GREEDY))
+
+
+def test_draft_model_of_another_family():
+    model, assistant, prompt = make_model("v3"), make_model("llama"), make_tokens(1, 12)
+    actual = model.generate(prompt, assistant_model=assistant, **GREEDY)
+    assert torch.equal(actual, model.generate(prompt, **GREEDY))
+
+
+def test_draft_model_that_has_mtp_tokens_set():
+    model, assistant, prompt = make_model("v3"), make_model("v3"), make_tokens(1, 12)
+    assistant.generation_config.mtp_tokens = 2
+    actual = model.generate(prompt, assistant_model=assistant, **GREEDY)
+    assert torch.equal(actual, model.generate(prompt, **GREEDY))
