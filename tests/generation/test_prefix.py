@@ -71,6 +71,7 @@ def test_int8(tmp_path):
         model.load_prefix(tmp_path / "prefix.safetensors")
 
 
+@pytest.mark.slow
 def test_another_process_and_remote_code(checkpoint, tmp_path):
     folder, path = checkpoint("v3"), tmp_path / "prefix.safetensors"
     code = f"""
