@@ -2,7 +2,8 @@
 
     python -m pretrain.plot runs/base/log.jsonl --output docs/images
 
-Files: `loss.png`, `bits_per_byte.png`, `expert_load.png`, `router_bias.png`; the last two only for models with routers.
+Files: `loss.png`, `bits_per_byte.png`, `learning_rate.png`, `throughput.png`, `mfu.png`; for models with routers also
+`expert_load.png` and `router_bias.png`.
 """
 
 import argparse
@@ -30,6 +31,9 @@ def draw_all(records: list[dict], output: Path) -> list[Path]:
         "bits_per_byte": (draw_bits_per_byte, [r for r in records if "bits_per_byte" in r]),
         "expert_load": (draw_expert_load, [r for r in records if r.get("expert_load")]),
         "router_bias": (draw_router_bias, [r for r in records if r.get("router_bias")]),
+        "learning_rate": (draw_learning_rate, [r for r in records if "learning_rate" in r]),
+        "throughput": (draw_throughput, [r for r in records if "tokens_per_second" in r]),
+        "mfu": (draw_mfu, [r for r in records if "mfu" in r]),
     }
     written = []
     for name, (draw, chosen) in drawings.items():
@@ -39,7 +43,8 @@ def draw_all(records: list[dict], output: Path) -> list[Path]:
         draw(axes, chosen)
         axes.set_xlabel("training tokens (millions)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
         figure.savefig(output / f"{name}.png", dpi=100)
         plt.close(figure)
         written.append(output / f"{name}.png")
@@ -78,10 +83,29 @@ def draw_expert_load(axes: Axes, records: list[dict]) -> None:
 def draw_router_bias(axes: Axes, records: list[dict]) -> None:
     """Range of the routers' selection biases over the experts of a layer."""
     for layer in records[0]["router_bias"]:
-        low = [min(record["router_bias"][layer]) for record in records]
-        high = [max(record["router_bias"][layer]) for record in records]
+        low, high = zip(*(record["router_bias"][layer] for record in records), strict=True)
         axes.fill_between(_millions(records), low, high, alpha=0.3, label=f"layer {layer}")
     axes.set_ylabel("router bias, least to greatest expert")
+
+
+def draw_learning_rate(axes: Axes, records: list[dict]) -> None:
+    """Learning rate of the last step before each record."""
+    axes.plot(_millions(records), [record["learning_rate"] for record in records], linewidth=1)
+    axes.set_ylabel("learning rate")
+
+
+def draw_throughput(axes: Axes, records: list[dict]) -> None:
+    """Training tokens a second over all processes, evaluation and checkpoints left out."""
+    axes.plot(_millions(records), [record["tokens_per_second"] for record in records], linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("tokens a second")
+
+
+def draw_mfu(axes: Axes, records: list[dict]) -> None:
+    """Model FLOPs utilisation: what the model needs over what the devices could do."""
+    axes.plot(_millions(records), [100 * record["mfu"] for record in records], linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("MFU (%)")
 
 
 def build_parser() -> argparse.ArgumentParser:

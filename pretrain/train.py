@@ -7,33 +7,40 @@ Continue a stopped run by the same command with `--resume`: data order, optimize
 it had never stopped. `--resume` with `--steps` no greater than the steps done exports what there is. Several processes:
 `accelerate launch --module pretrain.train ...`.
 
-Recipe: AdamW with weight decay on matrices only; warm-up, constant rate, decay (or cosine); clipped gradients; DeepSeek-V3's
-auxiliary-loss-free load balancing (arXiv:2412.19437, section 2.1.2), the model's `update_router_bias` after each step; the
-multi-token-prediction loss is part of the model's own `loss`.
+Recipe: AdamW or Muon (optimizers.py) with weight decay on matrices only; warm-up, constant rate, decay (or cosine); clipped
+gradients; DeepSeek-V3's auxiliary-loss-free load balancing (arXiv:2412.19437, section 2.1.2), the model's
+`update_router_bias` after each step; the multi-token-prediction loss is part of the model's own `loss`.
 
-Written to `--run-dir`: `log.jsonl` (one JSON object a line), `checkpoint-NNNNNNNN/` (each complete or absent), figures.
+Written to `--run-dir`: `log.jsonl` (one JSON object a line), `run.json` (options, config, sizes), `checkpoint-NNNNNNNN/` (each
+complete or absent), and at the end `figures/` and `report.html`.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast, set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
 from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
 from pretrain.evaluate import check_same_tokenizer, evaluate_model
 from pretrain.export import export_checkpoint
-from pretrain.plot import draw_all, read_log
+from pretrain.optimizers import OPTIMIZERS, build_optimizers
+from pretrain.plot import read_log
+from pretrain.report import write_report
 
 SCHEDULES = ("wsd", "cosine")
 LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss")
@@ -66,15 +73,6 @@ def learning_rate(
     return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups: matrices are decayed, vectors (norm weights, biases) are not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def choose_precision(choice: str) -> str:
     """Resolve "auto" to accelerate's "bf16" where the hardware multiplies bf16 natively, else to "no" (fp32)."""
     if choice != "auto":
@@ -101,14 +99,14 @@ def build_model(model_dir: Path, vocab_size: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
 
 
-def router_biases(model: nn.Module) -> dict[str, list[float]]:
-    """Selection biases of every router, by the number of its layer; empty for models without routers."""
-    biases = {}
-    for name, tensor in model.state_dict().items():
+def router_bias_ranges(model: nn.Module) -> dict[str, list[float]]:
+    """Least and greatest selection bias of every router, by the number of its layer; empty for models without routers."""
+    ranges = {}
+    for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             layer = next(part for part in name.split(".") if part.isdigit())
-            biases[layer] = [round(value, 5) for value in tensor.float().tolist()]
-    return biases
+            ranges[layer] = [round(value, 5) for value in torch.stack(buffer.aminmax()).tolist()]
+    return ranges
 
 
 @dataclass
@@ -170,18 +168,44 @@ class IntervalMeans:
         return means
 
 
-class JsonLog:
-    """A JSON-lines file that a resumed run continues exactly: records after `step` are dropped when it is opened."""
+class RunLog:
+    """`log.jsonl` of a run, and on request TensorBoard's files beside it; both are continued exactly by a resumed run.
 
-    def __init__(self, path: Path, step: int):
-        kept = [record for record in read_log(path) if record["step"] <= step] if path.is_file() else []
-        self.path = path
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    Args:
+        folder: the run's folder.
+        step: records after this step are of a run that was stopped, and are dropped.
+        tensorboard: write `tensorboard/` too.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool):
+        self.path = folder / "log.jsonl"
+        kept = [record for record in read_log(self.path) if record["step"] <= step] if self.path.is_file() else []
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self.tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # needs the optional package
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict) -> None:
         """Append one record."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self.tensorboard is not None:
+            for name, value in flatten(record):
+                self.tensorboard.add_scalar(name, value, record["step"])
+            self.tensorboard.flush()
+
+
+def flatten(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a log record by their path: `expert_load/3`; of a range, `router_bias/3/0` and `router_bias/3/1`."""
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -229,7 +253,7 @@ def prepare_run_folder(run: Path, resume: bool) -> Path | None:
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     rows: torch.Tensor,
     bos_token_id: int,
     max_grad_norm: float,
@@ -252,8 +276,9 @@ def train_step(
             accelerator.backward(output.loss)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         parts = {name: getattr(output, name, None) for name in LOSS_PARTS}
         means.add({name: None if part is None else part.item() for name, part in parts.items()})
     return {**means.pop(), "grad_norm": grad_norm}
@@ -289,36 +314,65 @@ def run_training(args: argparse.Namespace) -> None:
     model = build_model(args.model, data.index["vocab_size"])
     if precision == "bf16":
         model.set_experts_implementation("grouped_mm")  # autocast then casts all experts at once, not one by one
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95), fused=True
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    description = describe_run(args, accelerator, model, precision)
+    if args.compile:
+        for layer in model.model.layers:  # layer by layer: what is alike is compiled once
+            layer.compile()
+    optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     if start_from:
         accelerator.load_state(str(start_from))
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    accelerator.print(f"{num_parameters} parameters, precision {precision}, from step {progress.step} to {args.steps}")
+    if accelerator.is_main_process:
+        (args.run_dir / "run.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    accelerator.print(
+        f"{description['parameters']:,} parameters, {description['active_parameters']:,} active, precision {precision}, "
+        f"{args.optimizer}, from step {progress.step} to {args.steps}"
+    )
 
-    train_to_the_end(args, accelerator, model, optimizer, data, held_out, progress)
+    train_to_the_end(args, accelerator, model, optimizers, data, held_out, progress, description)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish(args, accelerator.unwrap_model(model))
+
+
+def describe_run(args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, precision: str) -> dict:
+    """What `run.json` keeps and the report shows: options, config, sizes, and what the step's FLOPs are measured by."""
+    device = accelerator.device
+    if args.peak_tflops:
+        peak = args.peak_tflops * 1e12
+    else:
+        peak = measure_peak_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return {
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "config": model.config.to_dict(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "active_parameters": active_parameters(model, model.config.num_experts_per_tok),
+        "training_flops_per_token": training_flops_per_token(model, args.row_tokens),
+        "peak_flops_per_device": peak,
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": precision,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def train_to_the_end(
     args: argparse.Namespace,
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     data: PretrainingData,
     held_out: dict[str, HeldOut],
     progress: Progress,
+    description: dict,
 ) -> None:
     """The loop over optimizer steps: train, balance, and when due log, evaluate and checkpoint."""
     bare_model = accelerator.unwrap_model(model)
     is_main = accelerator.is_main_process
-    log = JsonLog(args.run_dir / "log.jsonl", progress.step) if is_main else None
+    log = RunLog(args.run_dir, progress.step, args.tensorboard) if is_main else None
+    peak_flops = description["peak_flops_per_device"] * accelerator.num_processes
     bar = tqdm(initial=progress.step, total=progress.total_steps(args.steps), unit="step", disable=not is_main)
     step_tokens = args.batch_rows * args.row_tokens
     micro_rows = args.batch_rows // accelerator.num_processes // args.accumulation_steps
@@ -335,10 +389,10 @@ def train_to_the_end(
             args.final_fraction,
             args.schedule,
         )
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         rows = data.batch(progress.step)[accelerator.process_index :: accelerator.num_processes]
-        numbers = train_step(accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
+        numbers = train_step(accelerator, model, optimizers, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
         load = balance_experts(bare_model, args.router_bias_rate)
         means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
         progress.step += 1
@@ -357,7 +411,9 @@ def train_to_the_end(
         place = {"step": progress.step, "tokens": progress.step * step_tokens}
         # Also before a checkpoint: a resumed run starts a new interval there.
         if progress.step % args.log_every == 0 or saves:
-            speed = {"tokens_per_second": round(interval_steps * step_tokens / interval_seconds)}
+            tokens_per_second = interval_steps * step_tokens / interval_seconds
+            mfu = tokens_per_second * description["training_flops_per_token"] / peak_flops
+            speed = {"tokens_per_second": round(tokens_per_second), "mfu": round(mfu, 4)}
             record = {**place, "learning_rate": rate, **_nest_load(means.pop()), **speed}
             interval_seconds, interval_steps = 0.0, 0
             if is_main:
@@ -366,7 +422,7 @@ def train_to_the_end(
             with accelerator.autocast():
                 bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
             bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
-            log.write({**place, "bits_per_byte": bits, "router_bias": router_biases(bare_model)})
+            log.write({**place, "bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)})
         if saves:
             save_checkpoint(accelerator, args.run_dir, progress.step, args.keep_checkpoints)
     bar.close()
@@ -383,8 +439,8 @@ def _nest_load(means: dict[str, float]) -> dict:
 
 
 def finish(args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """Draw the figures and, if asked, export the model."""
-    draw_all(read_log(args.run_dir / "log.jsonl"), args.figures_dir or args.run_dir / "figures")
+    """Write the report with its figures and, if asked, export the model."""
+    print(f"report: {write_report(args.run_dir, args.figures_dir)}")
     if args.export_dir:
         export_checkpoint(model, args.model, args.tokenizer, args.export_dir)
         print(f"exported to {args.export_dir}")
@@ -422,6 +478,10 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
             f"--max-minutes is {args.max_minutes} with --schedule {args.schedule}; it must be positive, and the schedule "
             "wsd: only its decay can begin at any time"
         )
+    if args.peak_tflops is not None and args.peak_tflops <= 0:
+        raise ValueError(f"--peak-tflops is {args.peak_tflops}; it must be positive, or left out to be measured")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package tensorboard; install it, or drop the option")
     if args.export_dir:
         if not args.tokenizer:
             raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
@@ -457,6 +517,12 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument("--mix", default="en=0.5,zh=0.5", help="share of rows by language (default en=0.5,zh=0.5)")
     batch.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default 0)")
     recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon: for hidden matrices, AdamW for the rest (default adamw)",
+    )
     recipe.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak rate (default 1.5e-3)")
     recipe.add_argument("--schedule", choices=SCHEDULES, default="wsd", help="shape of the rate (default wsd)")
     recipe.add_argument("--warmup-steps", type=int, default=100, help="steps of linear rise (default 100)")
@@ -468,7 +534,12 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="arithmetic (default auto)"
     )
+    recipe.add_argument("--compile", action="store_true", help="torch.compile the layers")
     reports = parser.add_argument_group("reports")
+    reports.add_argument("--tensorboard", action="store_true", help="write RUN_DIR/tensorboard too")
+    reports.add_argument(
+        "--peak-tflops", type=float, help="peak of a device for MFU (default: what a large matrix product reaches)"
+    )
     reports.add_argument("--log-every", type=int, default=10, help="steps between log records (default 10)")
     reports.add_argument("--eval-every", type=int, default=250, help="steps between evaluations (default 250)")
     reports.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens a language (default 32768)")

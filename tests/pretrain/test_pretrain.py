@@ -201,14 +201,6 @@ def test_deadline_starts_the_decay_once():
     assert progress.total_steps(1000) == 100
 
 
-def test_only_matrices_are_decayed(checkpoint):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint("v3"), trust_remote_code=True)
-    decayed, plain = train.parameter_groups(model, 0.1)
-    assert {parameter.ndim for parameter in plain["params"]} == {1}
-    assert min(parameter.ndim for parameter in decayed["params"]) == 2
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
-
-
 def _train(workspace, model_dir, run_dir, *more):
     arguments = {
         "--model": model_dir,
@@ -231,13 +223,16 @@ def _train(workspace, model_dir, run_dir, *more):
 
 def _records(run_dir):
     records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+    timed = ("tokens_per_second", "mfu")
+    return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
-def test_resumed_run_equals_uninterrupted_run(workspace, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_resumed_run_equals_uninterrupted_run(workspace, checkpoint, tmp_path, monkeypatch, optimizer):
     model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert _train(workspace, model_dir, whole, "--steps", 6, "--export-dir", tmp_path / "export") == 0
+    options = ["--steps", 6, "--optimizer", optimizer]
+    assert _train(workspace, model_dir, whole, *options, "--export-dir", tmp_path / "export") == 0
     reference = _records(whole)
     losses = [record["loss"] for record in reference if "loss" in record]
     assert losses[-1] < losses[0]
@@ -254,13 +249,24 @@ def test_resumed_run_equals_uninterrupted_run(workspace, checkpoint, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", dies_in_the_fourth_step)
         with pytest.raises(KeyboardInterrupt):
-            _train(workspace, model_dir, stopped, "--steps", 6)
+            _train(workspace, model_dir, stopped, *options)
     assert [path.name for path in train.checkpoints_in(stopped)] == ["checkpoint-00000002"]
-    assert _train(workspace, model_dir, stopped, "--steps", 6, "--resume") == 0
+    assert _train(workspace, model_dir, stopped, *options, "--resume") == 0
     assert _records(stopped) == reference
 
     _check_export(tmp_path / "export", model_dir)
     assert evaluate.main([str(tmp_path / "export"), "--data", str(workspace / "data"), "--context-tokens", "32"]) == 0
+
+
+def test_muon_learns_more_than_adamw_in_as_many_steps(workspace, checkpoint, tmp_path):
+    model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE)
+    bits = {}
+    for optimizer in train.OPTIMIZERS:
+        options = ["--steps", 40, "--optimizer", optimizer, "--eval-every", 40, "--accumulation-steps", 1]
+        assert _train(workspace, model_dir, tmp_path / optimizer, *options, "--checkpoint-every", 40) == 0
+        bits[optimizer] = _records(tmp_path / optimizer)[-1]["bits_per_byte"]
+    assert bits["muon"]["en"] < bits["adamw"]["en"]
+    assert bits["muon"]["zh"] < bits["adamw"]["zh"]
 
 
 def _check_export(export_dir, model_dir):
@@ -280,6 +286,7 @@ def _check_export(export_dir, model_dir):
         (["--batch-rows", "3"], "--batch-rows 3 must be a multiple of processes (1) times --accumulation-steps (2)"),
         (["--resume"], "drop --resume to start a new run"),
         (["--max-minutes", "5", "--schedule", "cosine"], "only its decay can begin at any time"),
+        (["--peak-tflops", "0"], "--peak-tflops is 0.0; it must be positive"),
         (["--mix", "en"], "write LANGUAGE=WEIGHT,LANGUAGE=WEIGHT"),
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
     ],
@@ -288,6 +295,43 @@ def test_wrong_options_stop_before_training(workspace, tmp_path, capsys, more, m
     assert _train(workspace, tmp_path, tmp_path / "run", "--steps", 6, *more) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_report_and_tensorboard(workspace, checkpoint, tmp_path):
+    run = tmp_path / "<run>"
+    model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE)
+    assert _train(workspace, model_dir, run, "--steps", 4, "--tensorboard", "--peak-tflops", "1e-3") == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    figures = {path.stem for path in (run / "figures").iterdir()}
+    assert figures >= {"loss", "bits_per_byte", "expert_load", "router_bias", "learning_rate", "throughput", "mfu"}
+    assert page.count("<img") == page.count("data:image/png;base64,") == len(figures)
+    assert "&lt;run&gt;" in page
+    assert "<run>" not in page
+    assert "<th>kv_lora_rank<td>16" in page
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = [record for record in logged if "loss" in record][-1]
+    flops = json.loads((run / "run.json").read_text())["training_flops_per_token"]
+    assert last["mfu"] == pytest.approx(last["tokens_per_second"] * flops / 1e9, rel=0.01, abs=1e-4)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("lm_loss")] == [1, 2, 3, 4]
+    assert events.Scalars("expert_load/1")[-1].value == pytest.approx(last["expert_load"]["1"])
+    assert events.Scalars("bits_per_byte/zh")
+    assert events.Scalars("router_bias/2/1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["v3", "nsa"])
+def test_compiled_layers_train_alike(workspace, checkpoint, tmp_path, family):
+    model_dir = checkpoint(family, vocab_size=VOCAB_SIZE)
+    losses = {}
+    for name, more in {"plain": [], "compiled": ["--compile"]}.items():
+        assert _train(workspace, model_dir, tmp_path / name, "--steps", 3, *more) == 0
+        losses[name] = [record["loss"] for record in _records(tmp_path / name) if "loss" in record]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
 
 
 def test_small_vocabulary_is_refused(workspace, checkpoint):

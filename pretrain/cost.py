@@ -1,0 +1,73 @@
+"""What a training step costs: active parameters, FLOPs of a token, and the peak that a device reaches.
+
+Model FLOPs utilisation (MFU) = FLOPs that the model needs / seconds / peak FLOPs. "Needs" is counted from the shapes, whatever
+a kernel does (recomputation, dense masks): a matrix costs 2 FLOPs an entry and token forward and 4 backward.
+"""
+
+import time
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def active_parameters(module: nn.Module, experts_per_token: int | None) -> int:
+    """Parameters of a module that a token meets: of stacked experts the share that it visits, all of the rest."""
+    total = sum(parameter.numel() for parameter in module.parameters())
+    for part in module.modules():
+        if hasattr(part, "gate_up_proj"):
+            experts = part.gate_up_proj.numel() + part.down_proj.numel()
+            total -= experts - experts * experts_per_token // part.num_experts
+    return total
+
+
+def body_parameters(model: PreTrainedModel) -> int:
+    """Active parameters of the decoder layers and the last norm: no embedding, no head, no multi-token prediction."""
+    per_token = model.config.num_experts_per_tok
+    layers = model.model.layers[: model.config.num_hidden_layers]
+    return active_parameters(layers, per_token) + active_parameters(model.model.norm, per_token)
+
+
+def training_flops_per_token(model: PreTrainedModel, row_tokens: int) -> float:
+    """FLOPs of forward and backward for a token of a row of `row_tokens` tokens that all belong to one document.
+
+    Shorter documents in a row need less than this; with an output head for each multi-token-prediction module.
+    """
+    config = model.config
+    layers = active_parameters(model.model.layers, config.num_experts_per_tok)
+    layers -= sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.ndim < 2)
+    heads = (1 + config.num_nextn_predict_layers) * model.get_output_embeddings().weight.numel()
+    return 3 * (2 * (layers + heads) + len(model.model.layers) * attention_flops(config, row_tokens))
+
+
+def attention_flops(config, row_tokens: int) -> float:
+    """Forward FLOPs of one layer's scores and weighted sums for a token, the mean over a row of `row_tokens`."""
+
+    def mean_keys(limit: float) -> float:  # keys that a query reads: all up to itself, but no more than `limit`
+        limit = int(min(limit, row_tokens))
+        return limit - limit * (limit - 1) / 2 / row_tokens
+
+    value_width = config.v_head_dim if config.attention_kind == "mla" else config.head_dim
+    per_key = 2 * config.num_attention_heads * (config.qk_head_dim + value_width)
+    if config.attention_kind == "nsa":
+        keys = mean_keys(row_tokens) / config.nsa_compress_stride + mean_keys(config.nsa_window_size)
+        return per_key * (keys + mean_keys(config.nsa_num_select_blocks * config.nsa_select_block_size))
+    if config.index_topk is None:
+        return per_key * mean_keys(row_tokens)
+    indexer = 2 * config.index_n_heads * config.index_head_dim * mean_keys(row_tokens)
+    return indexer + per_key * mean_keys(row_tokens if config.index_warmup else config.index_topk)
+
+
+@torch.no_grad()
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOPs a second of the fastest of the square matrix products that fit into `seconds`."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    fastest, deadline = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline or fastest == float("inf"):
+        started = time.perf_counter()
+        left @ right
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * size**3 / fastest
