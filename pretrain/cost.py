@@ -31,17 +31,32 @@ def body_parameters(model: PreTrainedModel) -> int:
 def training_flops_per_token(model: PreTrainedModel, row_tokens: int) -> float:
     """FLOPs of forward and backward for a token of a row of `row_tokens` tokens that all belong to one document.
 
-    Shorter documents in a row need less than this; with an output head for each multi-token-prediction module.
+    Shorter documents in a row need less than this; with an output head for each multi-token-prediction module. Frozen
+    matrices are counted forward only (as if nothing trainable lay below them, which is so when only indexers learn).
     """
-    config = model.config
-    layers = active_parameters(model.model.layers, config.num_experts_per_tok)
-    layers -= sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.ndim < 2)
-    heads = (1 + config.num_nextn_predict_layers) * model.get_output_embeddings().weight.numel()
-    return 3 * (2 * (layers + heads) + len(model.model.layers) * attention_flops(config, row_tokens))
+    config, layers = model.config, model.model.layers
+    head = model.get_output_embeddings().weight
+    flops = (1 + config.num_nextn_predict_layers) * 2 * _passes(head) * head.numel()
+    for module in layers.modules():
+        share = config.num_experts_per_tok / module.num_experts if hasattr(module, "gate_up_proj") else 1
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2]
+        flops += sum(2 * _passes(matrix) * matrix.numel() * share for matrix in matrices)
+    attention, indexer = attention_flops(config, row_tokens)
+    return flops + sum(
+        _passes(layer.self_attn.o_proj.weight) * attention
+        + (_passes(layer.self_attn.indexer.wk.weight) * indexer if indexer else 0)
+        for layer in layers
+    )
 
 
-def attention_flops(config, row_tokens: int) -> float:
-    """Forward FLOPs of one layer's scores and weighted sums for a token, the mean over a row of `row_tokens`."""
+def _passes(matrix: torch.Tensor) -> int:
+    """Times the FLOPs of a forward: forward and twice that backward, or forward only."""
+    return 3 if matrix.requires_grad else 1
+
+
+def attention_flops(config, row_tokens: int) -> tuple[float, float]:
+    """Forward FLOPs of one layer for a token, the mean over a row of `row_tokens`: scores and weighted sums; the indexer's
+    scores."""
 
     def mean_keys(limit: float) -> float:  # keys that a query reads: all up to itself, but no more than `limit`
         limit = int(min(limit, row_tokens))
@@ -51,11 +66,11 @@ def attention_flops(config, row_tokens: int) -> float:
     per_key = 2 * config.num_attention_heads * (config.qk_head_dim + value_width)
     if config.attention_kind == "nsa":
         keys = mean_keys(row_tokens) / config.nsa_compress_stride + mean_keys(config.nsa_window_size)
-        return per_key * (keys + mean_keys(config.nsa_num_select_blocks * config.nsa_select_block_size))
+        return per_key * (keys + mean_keys(config.nsa_num_select_blocks * config.nsa_select_block_size)), 0.0
     if config.index_topk is None:
-        return per_key * mean_keys(row_tokens)
+        return per_key * mean_keys(row_tokens), 0.0
     indexer = 2 * config.index_n_heads * config.index_head_dim * mean_keys(row_tokens)
-    return indexer + per_key * mean_keys(row_tokens if config.index_warmup else config.index_topk)
+    return per_key * mean_keys(row_tokens if config.index_warmup else config.index_topk), indexer
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -35,25 +36,34 @@ def held_out_nll(
 ) -> float:
     """Sum of -ln p over all targets of the held-out windows, in nats.
 
+    Processes of a distributed run share the windows out, and all call the model as often: a sharded one needs that.
+
     Args:
         model: a causal language model; called with `input_ids` and `position_ids`, [B, S].
         held_out: windows of one language.
         bos_token_id: the id that opens a document; never a target.
-        batch_rows: B, windows evaluated at once.
+        batch_rows: B, windows evaluated at once by a process.
         device: where the model is.
     """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     window_tokens = held_out.windows.shape[1]
-    total = 0.0
-    for first in range(0, len(held_out.windows), batch_rows):
-        batch = batch_of(held_out.windows[first : first + batch_rows].to(device), bos_token_id)
+    total = torch.zeros((), dtype=torch.float64)
+    for first in range(0, len(held_out.windows), batch_rows * processes):
+        start = min(first + rank * batch_rows, len(held_out.windows) - 1)  # who has none left reads one in vain
+        batch = batch_of(held_out.windows[start : start + batch_rows].to(device), bos_token_id)
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        if first + rank * batch_rows >= len(held_out.windows):
+            continue
         targets = batch["labels"][:, 1:].flatten()  # [B * (S - 1)]
-        targets[max(0, held_out.num_targets - first * (window_tokens - 1)) :] = IGNORED_LABEL  # the filling
+        targets[max(0, held_out.num_targets - start * (window_tokens - 1)) :] = IGNORED_LABEL  # the filling
         # fp32: a bf16 log-softmax is off by more than the differences we want to see.
         total += nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum"
         ).item()
-    return total
+    if processes > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item()
 
 
 def evaluate_model(
@@ -68,6 +78,61 @@ def evaluate_model(
     }
     model.train(was_training)
     return result
+
+
+@torch.no_grad()
+def index_recall(
+    model: PreTrainedModel, held_out: dict[str, HeldOut], bos_token_id: int, windows: int, device: torch.device
+) -> dict[str, float]:
+    """Of the tokens that matter most to dense attention, the share that the indexer selects, by layer.
+
+    What matters most to a query are the `index_topk` tokens with the largest probabilities, summed over the heads, when the
+    model attends densely. Counted are queries that see more tokens than that; layers where no query does are absent.
+
+    Args:
+        model: a model with an indexer in each layer.
+        held_out: windows by language, [N, S].
+        bos_token_id: the id that opens a document.
+        windows: how many windows of each language to look at, all in one batch.
+        device: where the model is.
+    """
+    layers, topk = model.model.layers[: model.config.num_hidden_layers], model.config.index_topk
+    functions = sys.modules[type(layers[0].self_attn.indexer).__module__]  # of the model's own dsa_deepseek.py
+    input_ids = torch.cat([text.windows[:windows] for text in held_out.values()]).to(device)  # [B, S]
+    length = input_ids.shape[1]
+    position_ids = batch_of(input_ids, bos_token_id)["position_ids"]
+    visible = functions.find_visible_tokens(None, position_ids, past_length=0, has_cache=False)
+
+    states: dict[int, tuple] = {}
+    hooks = [
+        layer.self_attn.indexer.register_forward_hook(lambda _module, _inputs, output, i=i: states.update({i: output}))
+        for i, layer in enumerate(layers)
+    ]
+    was_training, implementation = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("eager")  # the one that returns probabilities
+    model.config.index_topk = length  # dense
+    try:
+        arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        attentions = model(**arguments, output_attentions=True).attentions  # a layer: [B, H, S, S]
+    finally:
+        model.config.index_topk = topk
+        model.set_attn_implementation(implementation)
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+
+    counted = position_ids >= topk  # [B, S]; a document's first topk tokens see no more than topk
+    recall = {}
+    for i, layer in enumerate(layers):
+        if not counted.any():
+            break
+        chosen = layer.self_attn.indexer.select(states[i], states[i].key, visible, slice(0, length))  # [B, S, n]
+        selected = torch.zeros(*chosen.shape[:2], length + 1, dtype=torch.bool, device=device)
+        selected.scatter_(-1, chosen.masked_fill(chosen < 0, length), True)
+        true = attentions[i].float().sum(dim=1).topk(min(topk, length), dim=-1).indices  # [B, S, n]
+        recall[str(i)] = selected.gather(-1, true)[counted].float().mean().item()
+    return recall
 
 
 def check_same_tokenizer(tokenizer_dir: Path, data_dir: Path) -> None:

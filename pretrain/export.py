@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def export_checkpoint(model: PreTrainedModel, model_dir: Path, tokenizer_dir: Path, export_dir: Path) -> None:
+def export_checkpoint(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], model_dir: Path, tokenizer_dir: Path, export_dir: Path
+) -> None:
     """Write `model` in bf16 with tokenizer and generation defaults into `export_dir`, and load it back to check it.
 
     Args:
         model: the trained model, any dtype; not changed.
+        state_dict: its whole weights, which a sharded model does not hold itself.
         model_dir: the folder it was built from, with config.json and the model's code.
         tokenizer_dir: folder of the tokenizer.
         export_dir: target; may be `model_dir`. An existing `config.json` and code stay.
@@ -30,7 +33,7 @@ def export_checkpoint(model: PreTrainedModel, model_dir: Path, tokenizer_dir: Pa
     _copy_missing([model_dir / "config.json", *sorted(model_dir.glob("*_deepseek.py"))], export_dir)
     with tempfile.TemporaryDirectory(dir=export_dir, prefix=".export-") as temporary:
         full, small = Path(temporary, "full"), Path(temporary, "small")
-        model.save_pretrained(full)
+        model.save_pretrained(full, state_dict=state_dict)
         # Loading, not `.to(bfloat16)`: it keeps in fp32 what the model declares so (the router's selection bias).
         rounded = AutoModelForCausalLM.from_pretrained(full, trust_remote_code=True, dtype=torch.bfloat16)
         rounded.generation_config = generation_defaults(tokenizer_dir)

@@ -3,7 +3,7 @@
     python -m pretrain.plot runs/base/log.jsonl --output docs/images
 
 Files: `loss.png`, `bits_per_byte.png`, `learning_rate.png`, `throughput.png`, `mfu.png`; for models with routers also
-`expert_load.png` and `router_bias.png`.
+`expert_load.png` and `router_bias.png`, for models with an indexer `index_loss.png` and `index_recall.png`.
 """
 
 import argparse
@@ -31,6 +31,8 @@ def draw_all(records: list[dict], output: Path) -> list[Path]:
         "bits_per_byte": (draw_bits_per_byte, [r for r in records if "bits_per_byte" in r]),
         "expert_load": (draw_expert_load, [r for r in records if r.get("expert_load")]),
         "router_bias": (draw_router_bias, [r for r in records if r.get("router_bias")]),
+        "index_loss": (draw_index_loss, [r for r in records if r.get("index_loss") is not None]),
+        "index_recall": (draw_index_recall, [r for r in records if r.get("index_recall")]),
         "learning_rate": (draw_learning_rate, [r for r in records if "learning_rate" in r]),
         "throughput": (draw_throughput, [r for r in records if "tokens_per_second" in r]),
         "mfu": (draw_mfu, [r for r in records if "mfu" in r]),
@@ -86,6 +88,20 @@ def draw_router_bias(axes: Axes, records: list[dict]) -> None:
         low, high = zip(*(record["router_bias"][layer] for record in records), strict=True)
         axes.fill_between(_millions(records), low, high, alpha=0.3, label=f"layer {layer}")
     axes.set_ylabel("router bias, least to greatest expert")
+
+
+def draw_index_loss(axes: Axes, records: list[dict]) -> None:
+    """The indexers' loss, summed over the layers."""
+    axes.plot(_millions(records), [record["index_loss"] for record in records], linewidth=1)
+    axes.set_ylabel("KL(attention || index scores) (nats, all layers)")
+
+
+def draw_index_recall(axes: Axes, records: list[dict]) -> None:
+    """Of the tokens that dense attention weighs most, the share that the indexer selects, by layer."""
+    for layer in records[0]["index_recall"]:
+        values = [record["index_recall"][layer] for record in records]
+        axes.plot(_millions(records), values, marker=".", label=f"layer {layer}")
+    axes.set_ylabel("indexer's recall of the true top-k")
 
 
 def draw_learning_rate(axes: Axes, records: list[dict]) -> None:

@@ -17,6 +17,8 @@ from pretrain.plot import draw_all, read_log
 CAPTIONS = {
     "loss": "Training loss",
     "bits_per_byte": "Held-out text, by language",
+    "index_loss": "Indexer: loss",
+    "index_recall": "Indexer: share of the true top-k that it selects, by layer",
     "expert_load": "Expert load: the fullest expert over the mean, by layer",
     "router_bias": "Router bias: least to greatest expert, by layer",
     "learning_rate": "Learning rate",

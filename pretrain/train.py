@@ -1,11 +1,11 @@
-"""Pretrains a model of this repository from random weights on packed token shards.
+"""Trains a model of this repository on packed token shards, from random weights or from a checkpoint.
 
     python -m pretrain.train --model . --data runs/data --run-dir runs/base --steps 3000 \\
         --tokenizer runs/tokenizer --export-dir . --figures-dir docs/images
 
 Continue a stopped run by the same command with `--resume`: data order, optimizer, schedule and random state go on as if
 it had never stopped. `--resume` with `--steps` no greater than the steps done exports what there is. Several processes:
-`accelerate launch --module pretrain.train ...`.
+`accelerate launch --config_file configs/accelerate/fsdp2.yaml --module pretrain.train ...`.
 
 Recipe: AdamW or Muon (optimizers.py) with weight decay on matrices only; warm-up, constant rate, decay (or cosine); clipped
 gradients; DeepSeek-V3's auxiliary-loss-free load balancing (arXiv:2412.19437, section 2.1.2), the model's
@@ -31,19 +31,23 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast, set_seed
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
 from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
-from pretrain.evaluate import check_same_tokenizer, evaluate_model
+from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
 from pretrain.export import export_checkpoint
 from pretrain.optimizers import OPTIMIZERS, build_optimizers
 from pretrain.plot import read_log
 from pretrain.report import write_report
 
 SCHEDULES = ("wsd", "cosine")
-LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss")
+LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss", "index_loss")
+STARTS = ("random", "weights")
+DSA_STAGES = ("warmup", "sparse")
+RECALL_WINDOWS = 2  # held-out windows a language on which the indexer's recall is measured; they hold dense attention
 
 
 # ---------------------------------------------------------------- parts
@@ -83,8 +87,8 @@ def choose_precision(choice: str) -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
-def build_model(model_dir: Path, vocab_size: int) -> PreTrainedModel:
-    """Build a randomly initialised fp32 model from the configuration in `model_dir`.
+def build_model(model_dir: Path, vocab_size: int, start: str = "random") -> PreTrainedModel:
+    """Build an fp32 model from the configuration in `model_dir`, with random weights or those that lie there.
 
     Raises:
         ValueError: the configuration's vocabulary is smaller than the data's.
@@ -96,7 +100,38 @@ def build_model(model_dir: Path, vocab_size: int) -> PreTrainedModel:
             f"{vocab_size - 1}; set vocab_size to at least {vocab_size}"
         )
     # fp32 master weights whatever dtype the configuration stores: AdamW's small updates vanish in bf16.
+    if start == "weights":
+        return AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, dtype=torch.float32)
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+
+
+def set_dsa_stage(model: PreTrainedModel, stage: str, row_tokens: int) -> None:
+    """Prepare a model with a lightning indexer for a stage of DeepSeek-V3.2's training (arXiv:2512.02556).
+
+    "warmup": attention is dense and only the indexer learns, from KL(attention summed over the heads || index scores).
+    "sparse": attention reads what the indexer selects; the indexer learns from the same over the selected tokens, all else
+    from the language-model loss. The indexer's input is detached in both.
+
+    Raises:
+        ValueError: the model has no indexer, its loss is off, or the rows are too short to select from.
+    """
+    config = model.config
+    if config.index_topk is None:
+        raise ValueError(
+            f"--dsa-stage {stage} needs a model with an indexer (index_topk is null); make one out of a V3 checkpoint with "
+            "`python -m tools.add_indexer`"
+        )
+    if not config.index_loss_weight:
+        raise ValueError(f"--dsa-stage {stage} trains by the index loss, but index_loss_weight is 0; set it, to 1 say")
+    if row_tokens <= config.index_topk:
+        raise ValueError(
+            f"--row-tokens is {row_tokens}, but index_topk is {config.index_topk}: every token would be selected; use rows "
+            f"of more than {config.index_topk} tokens"
+        )
+    config.index_warmup = stage == "warmup"
+    if stage == "warmup":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".indexer." in name)
 
 
 def router_bias_ranges(model: nn.Module) -> dict[str, list[float]]:
@@ -259,23 +294,35 @@ def train_step(
     max_grad_norm: float,
     micro_rows: int,
 ) -> dict[str, float | None]:
-    """One optimizer step on this process's rows, [B, S]; returns the mean of each part of the loss and the gradient norm.
+    """One optimizer step on the rows of all processes, [B, S], of which each trains on its own.
+
+    The gradient is that of the mean over all tokens of the batch, however it is split over processes and micro-batches,
+    which hold different numbers of targets.
+
+    Returns:
+        This process's share of each part of the loss (their mean over the processes is the whole), and the gradient norm.
 
     Raises:
         FloatingPointError: the loss is not finite; the weights are still those before the step.
     """
+    own = rows[accelerator.process_index :: accelerator.num_processes]
+    parts_of_batch = len(rows) // micro_rows
+    targets = (rows[:, 1:] != bos_token_id).sum() / parts_of_batch  # of a micro-batch, the mean over the batch
     means = IntervalMeans()
     grad_norm = None
-    for micro_batch in rows.split(micro_rows):
+    for micro_batch in own.split(micro_rows):
         with accelerator.accumulate(model):
-            output = model(**batch_of(micro_batch.to(accelerator.device), bos_token_id), use_cache=False)
+            batch = batch_of(micro_batch.to(accelerator.device), bos_token_id)
+            output = model(**batch, use_cache=False, num_items_in_batch=targets.to(accelerator.device))
             if not torch.isfinite(output.loss):
                 raise FloatingPointError(
                     f"the loss is {output.loss.item()}; resume from the last checkpoint with a lower --learning-rate"
                 )
             accelerator.backward(output.loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+                # FSDP2 has a share of it on each process
+                grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -302,7 +349,7 @@ def run_training(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=args.accumulation_steps,
-        # An expert that no token of this process chose has no gradient.
+        # MTP modules whose loss has no weight get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     check_arguments(args, accelerator.num_processes)
@@ -311,7 +358,9 @@ def run_training(args: argparse.Namespace) -> None:
     start_from = prepare_run_folder(args.run_dir, args.resume)
 
     set_seed(args.seed)
-    model = build_model(args.model, data.index["vocab_size"])
+    model = build_model(args.model, data.index["vocab_size"], args.start)
+    if args.dsa_stage:
+        set_dsa_stage(model, args.dsa_stage, args.row_tokens)
     if precision == "bf16":
         model.set_experts_implementation("grouped_mm")  # autocast then casts all experts at once, not one by one
     description = describe_run(args, accelerator, model, precision)
@@ -333,8 +382,11 @@ def run_training(args: argparse.Namespace) -> None:
 
     train_to_the_end(args, accelerator, model, optimizers, data, held_out, progress, description)
     accelerator.wait_for_everyone()
+    state_dict = accelerator.get_state_dict(model) if args.export_dir else None  # all processes send their shards
     if accelerator.is_main_process:
-        finish(args, accelerator.unwrap_model(model))
+        finish(args, accelerator.unwrap_model(model), state_dict)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def describe_run(args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, precision: str) -> dict:
@@ -377,6 +429,7 @@ def train_to_the_end(
     step_tokens = args.batch_rows * args.row_tokens
     micro_rows = args.batch_rows // accelerator.num_processes // args.accumulation_steps
     means, interval_seconds, interval_steps = IntervalMeans(), 0.0, 0
+    bias_rate = 0.0 if args.dsa_stage == "warmup" else args.router_bias_rate  # only the indexer learns then
     model.train()
     while progress.step < progress.total_steps(args.steps):
         started = time.perf_counter()
@@ -391,9 +444,9 @@ def train_to_the_end(
         )
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        rows = data.batch(progress.step)[accelerator.process_index :: accelerator.num_processes]
+        rows = data.batch(progress.step)
         numbers = train_step(accelerator, model, optimizers, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
-        load = balance_experts(bare_model, args.router_bias_rate)
+        load = balance_experts(bare_model, bias_rate)
         means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
         progress.step += 1
         seconds = shared_seconds(time.perf_counter() - started, accelerator)
@@ -414,18 +467,35 @@ def train_to_the_end(
             tokens_per_second = interval_steps * step_tokens / interval_seconds
             mfu = tokens_per_second * description["training_flops_per_token"] / peak_flops
             speed = {"tokens_per_second": round(tokens_per_second), "mfu": round(mfu, 4)}
-            record = {**place, "learning_rate": rate, **_nest_load(means.pop()), **speed}
+            record = {
+                **place,
+                "learning_rate": rate,
+                **_nest_load(mean_over_processes(means.pop(), accelerator)),
+                **speed,
+            }
             interval_seconds, interval_steps = 0.0, 0
             if is_main:
                 log.write(record)
-        if evaluates and is_main:
+        if evaluates:
             with accelerator.autocast():
                 bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
-            bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
-            log.write({**place, "bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)})
+                measured = {"bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)}
+                if bare_model.config.index_topk is not None:
+                    measured["index_recall"] = index_recall(
+                        bare_model, held_out, data.bos_token_id, RECALL_WINDOWS, accelerator.device
+                    )
+            if is_main:
+                bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
+                log.write({**place, **measured})
         if saves:
             save_checkpoint(accelerator, args.run_dir, progress.step, args.keep_checkpoints)
     bar.close()
+
+
+def mean_over_processes(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """The mean of each number over the processes, which all have the same names."""
+    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(values, accelerator.reduce(numbers, "mean").tolist(), strict=True))
 
 
 def shared_seconds(seconds: float, accelerator: Accelerator) -> float:
@@ -438,11 +508,11 @@ def _nest_load(means: dict[str, float]) -> dict:
     return {**{name: value for name, value in means.items() if not name.startswith("load/")}, "expert_load": load}
 
 
-def finish(args: argparse.Namespace, model: PreTrainedModel) -> None:
+def finish(args: argparse.Namespace, model: PreTrainedModel, state_dict: dict | None) -> None:
     """Write the report with its figures and, if asked, export the model."""
     print(f"report: {write_report(args.run_dir, args.figures_dir)}")
     if args.export_dir:
-        export_checkpoint(model, args.model, args.tokenizer, args.export_dir)
+        export_checkpoint(model, state_dict, args.model, args.tokenizer, args.export_dir)
         print(f"exported to {args.export_dir}")
 
 
@@ -498,6 +568,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, help="folder with config.json and the model's code")
+    files.add_argument(
+        "--start",
+        choices=STARTS,
+        default="random",
+        help="weights to start from: random, or those in --model (default random)",
+    )
     files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
     files.add_argument("--run-dir", type=Path, required=True, help="folder for log and checkpoints")
     files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
@@ -533,6 +609,11 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--router-bias-rate", type=float, default=1e-3, help="bias step, V3's gamma (default 1e-3)")
     recipe.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="arithmetic (default auto)"
+    )
+    recipe.add_argument(
+        "--dsa-stage",
+        choices=DSA_STAGES,
+        help="of a model with an indexer: teach only that, under dense attention, or train all under sparse attention",
     )
     recipe.add_argument("--compile", action="store_true", help="torch.compile the layers")
     reports = parser.add_argument_group("reports")
