@@ -432,6 +432,10 @@ class DeepseekSharedHead(nn.Module):
         super().__init__()
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, S, hidden_size] -> the same shape"""
+        return self.norm(hidden_states)
+
 
 class DeepseekMTPLayer(DeepseekDecoderLayer):
     """Multi-token-prediction module k, DeepSeek-V3 eq. 21-23: predicts token t + k + 1 from state t and token t + k.
@@ -518,7 +522,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     config_class = DeepseekConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer"]
+    # The shared head runs outside its layer, so FSDP2, which shards by these classes, must gather it by itself.
+    _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer", "DeepseekSharedHead"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -911,7 +916,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
                 # in a packed row, where the token is of another document there is nothing to predict
                 ahead = F.pad(position_ids[:, k + 1 :], (0, k + 1), value=-1)
                 targets = targets.masked_fill(ahead != position_ids + k + 1, -100)
-            logits = self.lm_head(layer.shared_head.norm(hidden_states))  # [B, S, vocab_size]
+            logits = self.lm_head(layer.shared_head(hidden_states))  # [B, S, vocab_size]
             losses.append(
                 self.loss_function(
                     logits=logits, labels=None, shift_labels=targets, vocab_size=self.config.vocab_size, **kwargs

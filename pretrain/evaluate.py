@@ -103,18 +103,26 @@ def index_recall(
     position_ids = batch_of(input_ids, bos_token_id)["position_ids"]
     visible = functions.find_visible_tokens(None, position_ids, past_length=0, has_cache=False)
 
-    states: dict[int, tuple] = {}
-    hooks = [
-        layer.self_attn.indexer.register_forward_hook(lambda _module, _inputs, output, i=i: states.update({i: output}))
-        for i, layer in enumerate(layers)
-    ]
+    states, true = (
+        {},
+        {},
+    )  # by layer: what its indexer makes of the tokens; slots of the largest probabilities [B, S, n]
+
+    def watch(layer: nn.Module, i: int) -> list:
+        def keep_largest(_module, _inputs, output):
+            true[i] = output[1].float().sum(dim=1).topk(min(topk, length), dim=-1).indices
+
+        indexer = layer.self_attn.indexer
+        keep_states = indexer.register_forward_hook(lambda _module, _inputs, output: states.update({i: output}))
+        return [keep_states, layer.self_attn.register_forward_hook(keep_largest)]
+
+    hooks = [hook for i, layer in enumerate(layers) for hook in watch(layer, i)]
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("eager")  # the one that returns probabilities
     model.config.index_topk = length  # dense
     try:
-        arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        attentions = model(**arguments, output_attentions=True).attentions  # a layer: [B, H, S, S]
+        model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     finally:
         model.config.index_topk = topk
         model.set_attn_implementation(implementation)
@@ -124,14 +132,11 @@ def index_recall(
 
     counted = position_ids >= topk  # [B, S]; a document's first topk tokens see no more than topk
     recall = {}
-    for i, layer in enumerate(layers):
-        if not counted.any():
-            break
+    for i, layer in enumerate(layers if counted.any() else ()):
         chosen = layer.self_attn.indexer.select(states[i], states[i].key, visible, slice(0, length))  # [B, S, n]
         selected = torch.zeros(*chosen.shape[:2], length + 1, dtype=torch.bool, device=device)
         selected.scatter_(-1, chosen.masked_fill(chosen < 0, length), True)
-        true = attentions[i].float().sum(dim=1).topk(min(topk, length), dim=-1).indices  # [B, S, n]
-        recall[str(i)] = selected.gather(-1, true)[counted].float().mean().item()
+        recall[str(i)] = selected.gather(-1, true[i])[counted].float().mean().item()
     return recall
 
 

@@ -9,19 +9,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def export_checkpoint(
-    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], model_dir: Path, tokenizer_dir: Path, export_dir: Path
+    state_dict: dict[str, torch.Tensor], model_dir: Path, tokenizer_dir: Path, export_dir: Path
 ) -> None:
-    """Write `model` in bf16 with tokenizer and generation defaults into `export_dir`, and load it back to check it.
+    """Write a model in bf16 with tokenizer and generation defaults into `export_dir`, and load it back to check it.
 
     Args:
-        model: the trained model, any dtype; not changed.
-        state_dict: its whole weights, which a sharded model does not hold itself.
+        state_dict: all weights of the trained model, any dtype; the model itself may hold only shards of them.
         model_dir: the folder it was built from, with config.json and the model's code.
         tokenizer_dir: folder of the tokenizer.
         export_dir: target; may be `model_dir`. An existing `config.json` and code stay.
@@ -29,11 +28,14 @@ def export_checkpoint(
     Raises:
         ValueError: the written checkpoint does not fit the model: names the missing and unexpected keys.
     """
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    model.load_state_dict(state_dict)
     export_dir.mkdir(parents=True, exist_ok=True)
     _copy_missing([model_dir / "config.json", *sorted(model_dir.glob("*_deepseek.py"))], export_dir)
     with tempfile.TemporaryDirectory(dir=export_dir, prefix=".export-") as temporary:
         full, small = Path(temporary, "full"), Path(temporary, "small")
-        model.save_pretrained(full, state_dict=state_dict)
+        model.save_pretrained(full)
         # Loading, not `.to(bfloat16)`: it keeps in fp32 what the model declares so (the router's selection bias).
         rounded = AutoModelForCausalLM.from_pretrained(full, trust_remote_code=True, dtype=torch.bfloat16)
         rounded.generation_config = generation_defaults(tokenizer_dir)

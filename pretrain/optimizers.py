@@ -15,34 +15,35 @@ OPTIMIZERS = ("adamw", "muon")
 ADAMW_BETAS = (0.9, 0.95)  # DeepSeek-V3 report, section 4.2
 
 
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon for matrices and for stacks of matrices, which that class refuses.
+class Muon(torch.optim.AdamW):
+    """Muon for groups with `rows`, AdamW for the others: one optimizer, since accelerate saves one a model under FSDP2.
 
-    A stack's matrices are orthogonalised one by one, by one batched run of torch's own Newton-Schulz iteration. What a
-    parameter holds is said by its group's `rows`: the rows of one of its matrices, so that a parameter of rows R and
-    last axis C is a stack of numel / (R C) matrices [R, C]. State is kept by parameter, like any optimizer's.
-
-    Under FSDP2 a shard of whole matrices is worked on where it is; a split matrix is gathered for its own step.
+    Muon's step is that of torch.optim.Muon, which refuses stacks of matrices. A stack's matrices are orthogonalised one by
+    one, in one batched run of torch's own Newton-Schulz iteration: a parameter with `rows` R and last axis C is a stack of
+    numel / (R C) matrices [R, C]. Under FSDP2 a shard of whole matrices is worked on where it is; a split matrix is gathered
+    for its step.
 
     Args:
-        groups: `{"params": [...], "rows": R or None}`; None takes the rows of two-dimensional parameters.
-        lr: learning rate, on AdamW's scale.
-        weight_decay: decoupled, as AdamW's.
-        momentum: of the gradient's running mean, with Nesterov's look-ahead.
+        groups: `{"params": [...], "rows": R}` for Muon, `rows` None for AdamW; `weight_decay` and `lr` as in AdamW.
+        lr: learning rate of both.
+        momentum: of Muon's running mean of gradients, with Nesterov's look-ahead.
     """
 
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "rows": None})
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95):
+        super().__init__(groups, lr=lr, betas=ADAMW_BETAS, fused=True)
+        self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure=None):
         """One step on every parameter that has a gradient; returns the closure's loss, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["rows"] is None]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for parameter in group["params"] if group["rows"] is not None else ():
                 if parameter.grad is not None:
                     self._step(parameter, group)
         return loss
@@ -52,9 +53,9 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         buffer = state["momentum_buffer"]
-        buffer.lerp_(parameter.grad, 1 - group["momentum"])
-        update = parameter.grad.lerp(buffer, group["momentum"])
-        shape = (group["rows"] or parameter.shape[-2], parameter.shape[-1])  # of one matrix
+        buffer.lerp_(parameter.grad, 1 - self.momentum)
+        update = parameter.grad.lerp(buffer, self.momentum)
+        shape = (group["rows"], parameter.shape[-1])  # of one matrix
         rate = _adjust_lr(group["lr"], "match_rms_adamw", torch.Size(shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(orthogonalise(update, shape), alpha=-rate)
@@ -80,8 +81,8 @@ def orthogonalise(update: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return iterate(update.reshape(-1, *shape)).reshape(update.shape).to(update.dtype)
 
 
-def build_optimizers(model: nn.Module, name: str, rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """The optimizers of all trainable parameters of a model: AdamW, with "muon" behind a `Muon`.
+def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer of all trainable parameters of a model: "adamw" or "muon".
 
     Muon takes the weights of linear layers, the output head's excepted, and of stacked experts: matrices that map hidden
     states to hidden states. Embeddings, head, routers, norms and biases are AdamW's; of those, matrices are decayed.
@@ -92,30 +93,27 @@ def build_optimizers(model: nn.Module, name: str, rate: float, weight_decay: flo
     trainable = {parameter: None for parameter in model.parameters() if parameter.requires_grad}  # an ordered set
     if not trainable:
         raise ValueError("the model has no trainable parameter; unfreeze what is to be trained")
-    muon = {p: rows for p, rows in hidden_matrices(model).items() if p in trainable} if name == "muon" else {}
-    others = [parameter for parameter in trainable if parameter not in muon]
+    rows = {p: count for p, count in hidden_matrices(model).items() if p in trainable} if name == "muon" else {}
+    others = [parameter for parameter in trainable if parameter not in rows]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay, "rows": None},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "rows": None},
     ]
-    optimizers = []
-    if muon:
-        by_rows = {rows: [p for p in muon if muon[p] == rows] for rows in dict.fromkeys(muon.values())}
-        optimizers.append(
-            Muon([{"params": params, "rows": rows} for rows, params in by_rows.items()], rate, weight_decay)
-        )
-    if others:
-        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=ADAMW_BETAS, fused=True))
-    return optimizers
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=ADAMW_BETAS, fused=True)
+    for count in dict.fromkeys(rows.values()):
+        matrices = [parameter for parameter in rows if rows[parameter] == count]
+        groups.append({"params": matrices, "weight_decay": weight_decay, "rows": count})
+    return Muon([group for group in groups if group["params"]], rate)
 
 
-def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int | None]:
-    """The parameters that Muon takes, and for stacks the rows of one of their matrices."""
+def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The parameters that Muon takes, with the rows of one of their matrices."""
     head = model.get_output_embeddings()
     matrices = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
-            matrices[module.weight] = None
+            matrices[module.weight] = len(module.weight)
         elif hasattr(module, "gate_up_proj"):  # stacked experts: gate and up [E, 2F, D] are two matrices of an expert
             matrices[module.gate_up_proj] = module.gate_up_proj.shape[1] // 2
             matrices[module.down_proj] = module.down_proj.shape[1]

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -39,7 +39,7 @@ from pretrain.cost import active_parameters, measure_peak_flops, training_flops_
 from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
 from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
 from pretrain.export import export_checkpoint
-from pretrain.optimizers import OPTIMIZERS, build_optimizers
+from pretrain.optimizers import OPTIMIZERS, build_optimizer
 from pretrain.plot import read_log
 from pretrain.report import write_report
 
@@ -288,7 +288,7 @@ def prepare_run_folder(run: Path, resume: bool) -> Path | None:
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     rows: torch.Tensor,
     bos_token_id: int,
     max_grad_norm: float,
@@ -323,9 +323,8 @@ def train_step(
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
                 # FSDP2 has a share of it on each process
                 grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         parts = {name: getattr(output, name, None) for name in LOSS_PARTS}
         means.add({name: None if part is None else part.item() for name, part in parts.items()})
     return {**means.pop(), "grad_norm": grad_norm}
@@ -367,8 +366,16 @@ def run_training(args: argparse.Namespace) -> None:
     if args.compile:
         for layer in model.model.layers:  # layer by layer: what is alike is compiled once
             layer.compile()
-    optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if args.optimizer == "muon":
+            raise ValueError(
+                "--optimizer muon does not work with DeepSpeed, which cuts matrices into flat pieces; use AdamW, or FSDP2 "
+                "(configs/accelerate/fsdp2.yaml)"
+            )
+        micro_rows = args.batch_rows // accelerator.num_processes // args.accumulation_steps
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_rows
+    optimizer = build_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     if start_from:
@@ -380,11 +387,11 @@ def run_training(args: argparse.Namespace) -> None:
         f"{args.optimizer}, from step {progress.step} to {args.steps}"
     )
 
-    train_to_the_end(args, accelerator, model, optimizers, data, held_out, progress, description)
+    train_to_the_end(args, accelerator, model, optimizer, data, held_out, progress, description)
     accelerator.wait_for_everyone()
     state_dict = accelerator.get_state_dict(model) if args.export_dir else None  # all processes send their shards
     if accelerator.is_main_process:
-        finish(args, accelerator.unwrap_model(model), state_dict)
+        finish(args, state_dict)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -414,7 +421,7 @@ def train_to_the_end(
     args: argparse.Namespace,
     accelerator: Accelerator,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     data: PretrainingData,
     held_out: dict[str, HeldOut],
     progress: Progress,
@@ -442,10 +449,10 @@ def train_to_the_end(
             args.final_fraction,
             args.schedule,
         )
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for group in optimizer.param_groups:
             group["lr"] = rate
         rows = data.batch(progress.step)
-        numbers = train_step(accelerator, model, optimizers, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
+        numbers = train_step(accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
         load = balance_experts(bare_model, bias_rate)
         means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
         progress.step += 1
@@ -508,11 +515,11 @@ def _nest_load(means: dict[str, float]) -> dict:
     return {**{name: value for name, value in means.items() if not name.startswith("load/")}, "expert_load": load}
 
 
-def finish(args: argparse.Namespace, model: PreTrainedModel, state_dict: dict | None) -> None:
+def finish(args: argparse.Namespace, state_dict: dict | None) -> None:
     """Write the report with its figures and, if asked, export the model."""
     print(f"report: {write_report(args.run_dir, args.figures_dir)}")
     if args.export_dir:
-        export_checkpoint(model, state_dict, args.model, args.tokenizer, args.export_dir)
+        export_checkpoint(state_dict, args.model, args.tokenizer, args.export_dir)
         print(f"exported to {args.export_dir}")
 
 

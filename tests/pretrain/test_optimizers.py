@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_model
 
-from pretrain.optimizers import Muon, build_optimizers
+from pretrain.optimizers import Muon, build_optimizer
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -16,7 +16,7 @@ def test_a_stack_is_stepped_matrix_by_matrix_as_torch_does(rows):
     stack = torch.nn.Parameter(torch.randn(4, 24, 16))
     start = stack.detach().clone()
     matrices = [torch.nn.Parameter(matrix.clone()) for matrix in start.view(-1, rows, 16)]
-    ours = Muon([{"params": [stack], "rows": rows}], lr=0.02, weight_decay=0.1)
+    ours = Muon([{"params": [stack], "rows": rows, "weight_decay": 0.1}], lr=0.02)
     torchs = torch.optim.Muon(
         matrices, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )
@@ -36,7 +36,7 @@ def test_an_expert_without_tokens_is_only_decayed():
     start = stack.detach().clone()
     stack.grad = torch.randn_like(stack)
     stack.grad[1] = 0
-    Muon([{"params": [stack], "rows": 4}], lr=0.02, weight_decay=0.1).step()
+    Muon([{"params": [stack], "rows": 4, "weight_decay": 0.1}], lr=0.02).step()
     torch.testing.assert_close(stack.detach()[1], start[1] * (1 - 0.02 * 0.1))
     assert (stack.detach()[[0, 2]] - start[[0, 2]]).abs().amin() > 0
 
@@ -45,26 +45,26 @@ def test_an_expert_without_tokens_is_only_decayed():
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(family):
     model = make_model(family)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    muon, adamw = build_optimizers(model, "muon", 1e-3, 0.1)
-    taken = [names[p] for group in muon.param_groups for p in group["params"]]
-    rest = [names[p] for group in adamw.param_groups for p in group["params"]]
+    groups = build_optimizer(model, "muon", 1e-3, 0.1).param_groups
+    taken = [names[p] for group in groups if group["rows"] for p in group["params"]]
+    rest = [names[p] for group in groups if not group["rows"] for p in group["params"]]
     assert sorted(taken + rest) == sorted(names.values())
     assert not [name for name in taken if "norm" in name or name.endswith(("bias", "mlp.gate.weight"))]
     vectors = ("embed_tokens.weight", "lm_head.weight", "norm.weight", "bias", "mlp.gate.weight", ".position")
     assert all(name.endswith(vectors) or "norm" in name for name in rest)
-    rows = {names[p]: group["rows"] for group in muon.param_groups for p in group["params"]}
+    rows = {names[p]: group["rows"] for group in groups for p in group["params"]}
+    assert rows["model.layers.0.mlp.down_proj.weight"] == 32
     if family != "llama":
         assert rows["model.layers.1.mlp.experts.gate_up_proj"] == 24
         assert rows["model.layers.1.mlp.experts.down_proj"] == 32
-    decay = {names[p]: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    decay = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
     assert decay["model.embed_tokens.weight"] == 0.1
     assert decay["model.norm.weight"] == 0.0
 
 
 def test_adamw_takes_everything_and_decays_matrices_only():
     model = make_model("v3")
-    (adamw,) = build_optimizers(model, "adamw", 1e-3, 0.1)
-    decayed, plain = adamw.param_groups
+    decayed, plain = build_optimizer(model, "adamw", 1e-3, 0.1).param_groups
     assert {parameter.ndim for parameter in plain["params"]} == {1}
     assert min(parameter.ndim for parameter in decayed["params"]) == 2
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
@@ -73,7 +73,7 @@ def test_adamw_takes_everything_and_decays_matrices_only():
 def test_frozen_parameters_have_no_optimizer():
     model = make_model("v3").requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        build_optimizers(model, "muon", 1e-3, 0.1)
+        build_optimizer(model, "muon", 1e-3, 0.1)
     model.model.layers[1].mlp.experts.requires_grad_(True)
-    (muon,) = build_optimizers(model, "muon", 1e-3, 0.1)
-    assert sum(len(group["params"]) for group in muon.param_groups) == 2
+    groups = build_optimizer(model, "muon", 1e-3, 0.1).param_groups
+    assert [(group["rows"], len(group["params"])) for group in groups] == [(24, 1), (32, 1)]

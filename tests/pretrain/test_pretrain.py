@@ -8,32 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_corpus import TEXTS, VOCAB_SIZE, write_workspace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pretrain import evaluate, train
 from pretrain.data import IGNORED_LABEL, HeldOut, PretrainingData, batch_of, build_dataset, load_held_out, row_quotas
 from tokenization.documents import is_held_out
-from tokenization.train_bpe import save_tokenizer, train_tokenizer
-
-VOCAB_SIZE = 320
-TEXTS = {
-    "en": [f"Number {i} is followed by number {i + 1}, and so on until {i + 9}.\n" * 3 for i in range(60)],
-    "zh": [f"数字{i}之后是数字{i + 1}，一直到{i + 9}为止。\n" * 3 for i in range(60)],
-}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder with a tokenizer and a dataset of both languages in small shards."""
-    folder = tmp_path_factory.mktemp("pretrain")
-    documents = [text for texts in TEXTS.values() for text in texts]
-    save_tokenizer(train_tokenizer(documents, VOCAB_SIZE, show_progress=False), folder / "tokenizer", 256)
-    files = {}
-    for language, texts in TEXTS.items():
-        files[language] = [folder / f"{language}.jsonl"]
-        files[language][0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    build_dataset(files, folder / "tokenizer", folder / "data", 0.2, min_held_out_bytes=1, shard_tokens=1000)
-    return folder
+    return write_workspace(tmp_path_factory.mktemp("pretrain"))
 
 
 # ---------------------------------------------------------------- data
