@@ -51,7 +51,9 @@ class Muon(torch.optim.AdamW):
     def _step(self, parameter: torch.Tensor, group: dict):
         state = self.state[parameter]
         if not state:
+            state["step"] = torch.zeros(())  # AdamW's load_state_dict looks for it in every state
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        state["step"] += 1
         buffer = state["momentum_buffer"]
         buffer.lerp_(parameter.grad, 1 - self.momentum)
         update = parameter.grad.lerp(buffer, self.momentum)
