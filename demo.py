@@ -7,28 +7,30 @@ The model is loaded by the Auto classes, as anyone would from the Hub; the train
 
 import argparse
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer, TrainerCallback
 from transformers.utils import logging
 
-from finetune.data import number_problems, render_all
-from finetune.lora import add_lora, describe_adapters
-from finetune.sft import Answer, StepReport, TrainSettings, evaluate, load_model, pad_token, score, train
+from finetune import sft
+from finetune.config import SFTOptions
+from finetune.data import pad_token, write_jsonl
+from finetune.evaluate import Answer, answer_all, score
+from finetune.models import load_model
+from finetune.problems import number_problems
 
 PROMPTS = {"English": "It was a fine morning, and the old man", "Chinese": "话说那日天色已晚，"}
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
 KINDS = ("largest", "smallest", "last", "count")  # what so small a model learns in so short a time
-MAX_TOKENS = 128  # of a number problem; the longest has about 40
+BATCH_SIZE = 32
 
 
 # ---------------------------------------------------------------- what the model is
@@ -132,21 +134,40 @@ def write(
 # ---------------------------------------------------------------- learning
 
 
-def show_progress(console: Console, reports: Iterator[StepReport], steps: int) -> None:
-    """Run the training with a live bar; where there is no terminal, with a line each fifth of the way."""
-    columns = (
-        TextColumn("learning"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("learning", total=steps, loss=float("nan"))
-        for report in reports:
-            progress.update(bar, completed=report.step, loss=report.loss)
-            if not console.is_terminal and (report.step * 5 // steps > (report.step - 1) * 5 // steps):
-                console.print(f"step {report.step} of {steps}, loss {report.loss:.3f}", highlight=False)
+class ShowProgress(TrainerCallback):
+    """A live bar; where there is no terminal, a line each fifth of the way."""
+
+    def __init__(self, console: Console):
+        columns = (
+            TextColumn("learning"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+        )
+        self.console = console
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.loss = float("nan")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Opens the bar."""
+        self.bar = self.progress.add_task("learning", total=state.max_steps, loss=self.loss)
+        self.progress.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Takes the loss of the latest steps."""
+        self.loss = float(logs.get("loss", self.loss))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """One optimizer step."""
+        step, steps = state.global_step, state.max_steps
+        self.progress.update(self.bar, completed=step, loss=self.loss)
+        if not self.console.is_terminal and step * 5 // steps > (step - 1) * 5 // steps:
+            self.console.print(f"step {step} of {steps}, loss {self.loss:.3f}", highlight=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Closes the bar."""
+        self.progress.stop()
 
 
 def show_scores(console: Console, before: list[Answer], after: list[Answer]) -> None:
@@ -156,8 +177,8 @@ def show_scores(console: Console, before: list[Answer], after: list[Answer]) -> 
         old, new = (score([a for a in answers if a.example["language"] == language]) for answers in (before, after))
         table.add_row(
             f"{name} ({new.examples})",
-            f"{old.exact_match:.0%}",
-            f"{new.exact_match:.0%}",
+            f"{old.accuracy:.0%}",
+            f"{new.accuracy:.0%}",
             f"{old.loss:.2f}",
             f"{new.loss:.2f}",
         )
@@ -172,22 +193,37 @@ def show_scores(console: Console, before: list[Answer], after: list[Answer]) -> 
 
 def learn(
     console: Console,
+    model_dir: str,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    settings: TrainSettings,
-    held_out_examples: int,
+    steps: int,
+    seed: int,
+    held_out: int,
 ) -> None:
     """Fine-tune with LoRA on number problems and compare answers to problems that were not in training."""
-    examples, held_out = number_problems(settings.steps * settings.batch_size, held_out_examples, settings.seed, KINDS)
-    rows = render_all(examples, tokenizer, MAX_TOKENS)
-    accelerator = Accelerator()
-    set_seed(settings.seed)
-    model = add_lora(model, rank=16, alpha=32.0)
-    console.print(describe_adapters(model), highlight=False)
-    before = evaluate(accelerator, model, tokenizer, held_out)
-    show_progress(console, train(accelerator, model, rows, pad_token(tokenizer), settings), settings.steps)
-    after = evaluate(accelerator, model, tokenizer, held_out)
-    show_scores(console, before, after)
+    train, asked = number_problems(steps * BATCH_SIZE, held_out, seed, KINDS)
+    before = answer_all(model.eval(), tokenizer, asked)
+    with tempfile.TemporaryDirectory() as folder:
+        write_jsonl(train, Path(folder) / "train.jsonl")
+        write_jsonl(asked[:24], Path(folder) / "held_out.jsonl")
+        options = SFTOptions(
+            model=model_dir,
+            data=[f"{folder}/train.jsonl"],
+            eval_data=[f"{folder}/held_out.jsonl"],
+            output=f"{folder}/run",
+            dtype="float32",
+            max_tokens=128,
+            steps=steps,
+            batch_size=BATCH_SIZE,
+            learning_rate=3e-3,
+            eval_steps=steps,
+            log_steps=max(1, steps // 40),
+            track=["none"],
+            seed=seed,
+            cpu=True,
+        )
+        model, _, _ = sft.run(options, callbacks=(ShowProgress(console),), console=console)
+    show_scores(console, before, answer_all(model.eval(), tokenizer, asked))
 
 
 # ---------------------------------------------------------------- command line
@@ -228,8 +264,8 @@ def main(argv: list[str] | None = None) -> int:
         console.rule(f"It writes {language}")
         write(console, model, tokenizer, prompt, max_new_tokens=8 if args.quick else 80)
     console.rule("It learns number problems in two languages (LoRA)")
-    settings = TrainSettings(steps=5 if args.quick else 400, batch_size=32, learning_rate=3e-3, seed=args.seed)
-    learn(console, model, tokenizer, settings, held_out_examples=24 if args.quick else 240)
+    steps, held_out = (5, 24) if args.quick else (400, 240)
+    learn(console, args.model, model, tokenizer, steps, args.seed, held_out)
     console.rule(f"{time.perf_counter() - started:.0f} seconds in all")
     return 0
 

@@ -4,6 +4,7 @@ import warnings
 
 from peft import PeftModel
 from torch import nn
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 
@@ -63,3 +64,40 @@ def find_routed_model(model: nn.Module) -> nn.Module:
         if hasattr(type(module), "update_router_bias"):
             return module
     raise ValueError(f"{type(model).__name__} has no update_router_bias; it is no DeepSeek model of this repository")
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the latest loss; evaluation results get lines of their own."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Opens the bar, at the step a resumed run has reached."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """One optimizer step."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows losses and, of GRPO, the reward at the bar; evaluations above it."""
+        if self.bar is None or not logs:
+            return
+        if any(key.startswith("eval_") for key in logs):
+            names = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_reward")
+            parts = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in names if name in logs]
+            self.bar.write(f"step {state.global_step}: held out: {', '.join(parts)}")
+            return
+        names = ("loss", "reward", "expert_load", "learning_rate")
+        self.shown |= {name: f"{float(logs[name]):.3g}" for name in names if name in logs}
+        self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,241 +1,367 @@
-"""Chat examples for fine-tuning: number problems made here, a user's own files, and their way into tensors.
+"""A user's data: formats that are told apart, checked with file and line, and rendered into tokens with a loss mask.
 
-    python -m finetune.data --output runs/numbers --train-examples 4000 --held-out-examples 400
+    messages            {"messages": [{"role", "content", ...}, ...], "tools": [...]}; OpenAI's form. An assistant's message
+                        may have "reasoning" (or "reasoning_content") and "tool_calls"
+    alpaca              {"instruction", "input" (may be absent), "output", "system" (may be absent)}
+    sharegpt            {"conversations": [{"from": "human" | "gpt" | "system" | "tool", "value"}, ...], "system", "tools"}
+    prompt-completion   {"prompt", "completion"}: plain text without chat template, or two lists of messages
+    qa                  {"question", "answer"}, as GSM8K has them
+    preference          {"prompt", "chosen", "rejected"}, each text or a list of messages; without "prompt", "chosen" and
+                        "rejected" are whole conversations that begin alike
+    text                {"text"}, or a .txt file, which is one document
 
-An example is a dict with `messages`, a list of {"role", "content"} that ends with the assistant's answer, and any other
-keys; a file holds one example a line (.jsonl). The number problems add `language` and `kind`, for scores by group.
-
-Held-out problems differ from training problems as problems, not only in wording: 3 + 5 is in one set only, in whatever
-words, order or language.
+After reading there are four forms: a chat (`messages`, perhaps `tools`), a prompt with its completion, a text, a
+preference. Other keys of a record stay with it.
 
 Shapes: B examples, S tokens of the longest one.
 """
 
-import argparse
 import hashlib
-import itertools
 import json
 import os
-import random
 import re
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100  # the label that every transformers loss skips
-ROLES = ("system", "user", "assistant")
-LANGUAGES = ("en", "zh")
-
-
-# ---------------------------------------------------------------- number problems
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question without its wording; two problems are the same if these fields are."""
-
-    kind: str
-    values: tuple[int | str, ...]
-    answer: str
-
-
-# Every number in a question is a digit of its own: tokenizers merge some longer numbers into one token and not others,
-# and a small model would have to learn each of those by heart.
-WORDINGS = {
-    "largest": {
-        "en": ("Which is largest: {0}?", "Find the largest number: {0}."),
-        "zh": ("哪个最大：{0}？", "找出最大的数：{0}。"),
-    },
-    "smallest": {
-        "en": ("Which is smallest: {0}?", "Find the smallest number: {0}."),
-        "zh": ("哪个最小：{0}？", "找出最小的数：{0}。"),
-    },
-    "last": {
-        "en": ("Which is last: {0}?", "Name the last number: {0}."),
-        "zh": ("哪个在最后：{0}？", "说出最后一个数：{0}。"),
-    },
-    "count": {
-        "en": ("How many marks are there? {0}", "Count the marks: {0}"),
-        "zh": ("一共有几个符号？{0}", "请数一数符号：{0}"),
-    },
-    "add": {
-        "en": ("What is {0} plus {1}?", "{0} + {1} = ?", "Add {0} and {1}."),
-        "zh": ("{0}加{1}等于多少？", "{0} + {1} 等于几？", "请计算{0}加{1}。"),
-    },
-    "subtract": {
-        "en": ("What is {0} minus {1}?", "{0} - {1} = ?", "Take {1} away from {0}."),
-        "zh": ("{0}减{1}等于多少？", "{0} - {1} 等于几？", "请计算{0}减{1}。"),
-    },
+ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"},
+    **{"system": "system", "tool": "tool", "observation": "tool"},
 }
-KINDS = tuple(WORDINGS)
-_LIST_KINDS = ("largest", "smallest", "last")  # asked about a list of digits
-_UNORDERED = ("largest", "smallest", "add")  # the same problem in any order
-_SEPARATORS = {"en": ", ", "zh": "、"}
-_MARKS = "*#+=@&%~"
-
-
-def all_problems() -> dict[str, list[Problem]]:
-    """Every problem of every kind, in a fixed order; where the order does not matter, values ascend."""
-    digits = range(10)
-    sets = [values for size in (2, 3, 4) for values in itertools.combinations(digits, size)]
-    lists = [values for size in (2, 3) for values in itertools.permutations(digits, size)]
-    marks = [(" ".join(mark * n),) for mark in _MARKS for n in range(1, 10)]
-    pairs = list(itertools.combinations_with_replacement(digits, 2))
-    return {
-        "largest": [Problem("largest", values, str(max(values))) for values in sets],
-        "smallest": [Problem("smallest", values, str(min(values))) for values in sets],
-        "last": [Problem("last", values, str(values[-1])) for values in lists],
-        "count": [Problem("count", values, str(len(values[0].split()))) for values in marks],
-        "add": [Problem("add", (a, b), str(a + b)) for a, b in pairs if a + b < 10],
-        "subtract": [Problem("subtract", (b, a), str(b - a)) for a, b in pairs],
-    }
-
-
-def number_problems(
-    train_examples: int, held_out_examples: int, seed: int = 0, kinds: Sequence[str] = KINDS
-) -> tuple[list[dict], list[dict]]:
-    """Make examples in equal shares of kinds and languages.
-
-    Of the problems of each kind one in five is held out, whatever the numbers of examples; a problem may occur several
-    times in its set, mostly in other words.
-
-    Args:
-        train_examples, held_out_examples: sizes of the two sets.
-        seed: decides the split, the choice and the wording.
-        kinds: names from `KINDS`.
-
-    Returns:
-        Training examples and held-out examples.
-
-    Raises:
-        ValueError: a size is below 1 or a kind is unknown.
-    """
-    for name, size in (("train_examples", train_examples), ("held_out_examples", held_out_examples)):
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"kinds has {unknown or 'no entry'}; choose from {', '.join(KINDS)}")
-    rng = random.Random(seed)
-    train, held_out = {}, {}
-    for kind, problems in all_problems().items():
-        rng.shuffle(problems)
-        cut = max(1, len(problems) // 5)
-        held_out[kind], train[kind] = problems[:cut], problems[cut:]
-    return _sample(train, train_examples, kinds, rng), _sample(held_out, held_out_examples, kinds, rng)
-
-
-def _sample(problems: dict[str, list[Problem]], size: int, kinds: Sequence[str], rng: random.Random) -> list[dict]:
-    examples = []
-    for i in range(size):
-        kind, language = kinds[i // len(LANGUAGES) % len(kinds)], LANGUAGES[i % len(LANGUAGES)]
-        examples.append(_ask(rng.choice(problems[kind]), language, rng))
-    rng.shuffle(examples)
-    return examples
-
-
-def _ask(problem: Problem, language: str, rng: random.Random) -> dict:
-    values = list(problem.values)
-    if problem.kind in _UNORDERED:
-        rng.shuffle(values)
-    if problem.kind in _LIST_KINDS:
-        values = [_SEPARATORS[language].join(map(str, values))]
-    question = rng.choice(WORDINGS[problem.kind][language]).format(*values)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": problem.answer}]
-    return {"messages": messages, "language": language, "kind": problem.kind}
+_ERRORS_SHOWN = 5
+_SUFFIXES = (".jsonl", ".json", ".txt")
 
 
 # ---------------------------------------------------------------- files
 
 
-def write_examples(examples: Iterable[dict], path: Path) -> None:
-    """Write one example a line; the file is complete or absent."""
+def write_jsonl(records: Iterable[dict], path: Path) -> None:
+    """Write one record a line; the file is complete or absent."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     os.replace(partial, path)
 
 
-def read_examples(path: Path) -> list[dict]:
-    """Read a .jsonl file of chat examples; empty lines are skipped.
+def read_examples(sources: Sequence[str | Path], format: str = "auto") -> list[dict]:
+    """Read files or named datasets and check every record.
+
+    Args:
+        sources: paths of .jsonl, .json and .txt files, or names for `datasets.load_dataset`, NAME[:CONFIG][:SPLIT].
+        format: a format's name, or "auto" to tell by the keys of each source's first record.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is no chat example; the message names file, line and remedy.
+        FileNotFoundError: a source is neither a file nor a dataset that can be loaded.
+        ValueError: records are malformed; the message names the source, the line and the remedy of the first few.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist; pass a .jsonl file of chat examples")
-    examples = []
-    with open(path, "rb") as file:  # bytes, so that a wrong encoding is reported with its line
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    example = json.loads(line)
-                    check_example(example)
-                except ValueError as error:  # JSON and encoding errors are ValueErrors too
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                examples.append(example)
-    if not examples:
+    examples, errors, total = [], [], 0
+    for source in map(str, sources):
+        chosen = format
+        for where, record in _records(source):
+            total += 1
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                if chosen == "auto":
+                    chosen = detect_format(record)
+                examples.append(normalise(record, chosen))
+            except ValueError as error:
+                errors.append(f"{where}: {error}")
+    if errors:
+        more = f"\nand {len(errors) - _ERRORS_SHOWN} more" if len(errors) > _ERRORS_SHOWN else ""
         raise ValueError(
-            f'{path} has no examples; each line is {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+            f"{len(errors)} of {total} records are malformed:\n" + "\n".join(errors[:_ERRORS_SHOWN]) + more
         )
+    if not examples:
+        raise ValueError(f"{', '.join(map(str, sources))} has no examples; see `finetune/data.py` for the formats")
     return examples
 
 
-def check_example(example: object) -> None:
-    """Raise ValueError unless `example` is a chat that ends with the assistant's answer."""
-    messages = example.get("messages") if isinstance(example, dict) else None
+def _records(source: str) -> Iterator[tuple[str, object]]:
+    """(where, record or the ValueError that reading it gave) of a source."""
+    path = Path(source)
+    if path.suffix == ".txt" and path.is_file():
+        yield source, {"text": path.read_text(encoding="utf-8")}
+    elif path.suffix == ".json" and path.is_file():
+        try:
+            records = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{source} is no JSON: {error}") from error
+        if not isinstance(records, list):
+            raise ValueError(
+                f"{source} holds a {type(records).__name__}; it must hold a list of records, or be .jsonl"
+            )
+        yield from ((f"{source}, record {i}", record) for i, record in enumerate(records, start=1))
+    elif path.is_file():
+        with open(path, "rb") as file:  # bytes, so that a wrong encoding is reported with its line
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield f"{source}, line {number}", json.loads(line)
+                    except ValueError as error:  # JSON and encoding errors are ValueErrors too
+                        yield f"{source}, line {number}", ValueError(str(error))
+    elif path.suffix in _SUFFIXES or path.exists():
+        raise FileNotFoundError(
+            f"data file {source} does not exist; pass a .jsonl, .json or .txt file or a dataset's name"
+        )
+    else:
+        yield from _named_dataset(source)
+
+
+def _named_dataset(source: str) -> Iterator[tuple[str, object]]:
+    from datasets import load_dataset
+
+    name, *rest = source.split(":")
+    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises many kinds, all of them mean the same here
+        raise FileNotFoundError(
+            f"{source!r} is no file, and `datasets` cannot load it either ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); pass a file or NAME[:CONFIG][:SPLIT]"
+        ) from error
+    for i, row in enumerate(rows):
+        yield f"{source}, row {i}", {key: value for key, value in row.items() if value is not None}
+
+
+# ---------------------------------------------------------------- formats
+
+
+def detect_format(record: object) -> str:
+    """The name of a record's format, by its keys. Raises ValueError if none fits."""
+    if not isinstance(record, dict):
+        raise ValueError(f"is a {type(record).__name__}; each record must be an object")
+    for name, keys in (
+        ("preference", {"chosen", "rejected"}),
+        ("messages", {"messages"}),
+        ("sharegpt", {"conversations"}),
+        ("alpaca", {"instruction", "output"}),
+        ("prompt-completion", {"prompt", "completion"}),
+        ("qa", {"question", "answer"}),
+        ("text", {"text"}),
+    ):
+        if keys <= set(record):
+            return name
+    raise ValueError(
+        f"has the keys {sorted(record)}, which no format has; e.g. `messages`, `instruction` and `output`, "
+        "`conversations`, `prompt` and `completion`, `question` and `answer`, `text`, `chosen` and `rejected`"
+    )
+
+
+def normalise(record: object, format: str) -> dict:
+    """A record of a known format -> chat, prompt with completion, text or preference. Raises ValueError if malformed."""
+    if not isinstance(record, dict):
+        raise ValueError(f"is a {type(record).__name__}; each record must be an object")
+    keys = {
+        "messages": ("messages", "tools"),
+        "alpaca": ("instruction", "input", "output", "system", "history"),
+        "sharegpt": ("conversations", "system", "tools"),
+        "prompt-completion": ("prompt", "completion"),
+        "qa": ("question", "answer"),
+        "preference": ("prompt", "chosen", "rejected"),
+        "text": ("text",),
+    }[format]
+    extra = {key: value for key, value in record.items() if key not in keys}
+    return {**extra, **_FORMATS[format](record)}
+
+
+def _from_messages(record: dict) -> dict:
+    return _chat(_messages(record.get("messages"), "messages"), record.get("tools"))
+
+
+def _from_alpaca(record: dict) -> dict:
+    question = _text(record, "instruction")
+    if record.get("input"):
+        question += "\n\n" + _text(record, "input")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(record, "output")}]
+    for past in reversed(record.get("history") or []):
+        messages = [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}, *messages]
+    return _chat(_with_system(record, _messages(messages, "alpaca")))
+
+
+def _from_sharegpt(record: dict) -> dict:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"`conversations` is {_shown(turns)}; it must be a non-empty list")
+    messages = []
+    for i, turn in enumerate(turns):
+        sender = turn.get("from") if isinstance(turn, dict) else None
+        if sender not in _SHAREGPT_ROLES:
+            raise ValueError(f"`from` of turn {i} is {_shown(sender)}; use one of {', '.join(_SHAREGPT_ROLES)}")
+        messages.append({"role": _SHAREGPT_ROLES[sender], "content": turn.get("value")})
+    return _chat(_with_system(record, _messages(messages, "conversations")), record.get("tools"))
+
+
+def _from_prompt_completion(record: dict) -> dict:
+    if isinstance(record.get("prompt"), list):
+        messages = [*record["prompt"], *_as_messages(record.get("completion"), "assistant")]
+        return _chat(_messages(messages, "prompt and completion"))
+    if not _text(record, "completion").strip():
+        raise ValueError("`completion` is empty; there is nothing to learn from it")
+    return {"prompt": _text(record, "prompt"), "completion": record["completion"]}
+
+
+def _from_qa(record: dict) -> dict:
+    question, answer = _text(record, "question"), record.get("answer")
+    answer = (
+        str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else _text(record, "answer")
+    )
+    return _chat(_messages([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "qa"))
+
+
+def _from_preference(record: dict) -> dict:
+    chosen = _as_messages(record.get("chosen"), "assistant")
+    rejected = _as_messages(record.get("rejected"), "assistant")
+    if "prompt" in record:
+        prompt = _as_messages(record["prompt"], "user")
+    else:
+        same = 0
+        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+            same += 1
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if not prompt:
+            raise ValueError("has no `prompt`, and `chosen` and `rejected` do not begin with the same messages")
+    _messages([*prompt, *chosen], "chosen")
+    _messages([*prompt, *rejected], "rejected")
+    if chosen == rejected:
+        raise ValueError("`chosen` and `rejected` are the same; there is nothing to prefer")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _from_text(record: dict) -> dict:
+    if not _text(record, "text").strip():
+        raise ValueError("`text` is empty")
+    return {"text": record["text"]}
+
+
+_FORMATS = {
+    "messages": _from_messages,
+    "alpaca": _from_alpaca,
+    "sharegpt": _from_sharegpt,
+    "prompt-completion": _from_prompt_completion,
+    "qa": _from_qa,
+    "preference": _from_preference,
+    "text": _from_text,
+}
+
+
+def _chat(messages: list[dict], tools=None) -> dict:
+    if isinstance(tools, str):  # sharegpt files hold them as JSON in a string
+        tools = json.loads(tools) if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"`tools` is {_shown(tools)}; it must be a list of functions")
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def _with_system(record: dict, messages: list[dict]) -> list[dict]:
+    return [{"role": "system", "content": _text(record, "system")}, *messages] if record.get("system") else messages
+
+
+def _as_messages(value, role: str) -> list[dict]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value if isinstance(value, list) else []
+
+
+def _messages(messages: object, what: str) -> list[dict]:
+    """Check a conversation that ends with the assistant; unify what has several spellings."""
     if not isinstance(messages, list) or not messages:
-        found = sorted(example) if isinstance(example, dict) else type(example).__name__
-        raise ValueError(f"needs a non-empty list `messages`, found {found}")
+        raise ValueError(f"`{what}` is {_shown(messages)}; it must be a non-empty list of messages")
+    unified = []
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
+        role = "system" if role == "developer" else role
         if role not in ROLES:
-            raise ValueError(f"role of message {i} is {role!r}; use one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"content of message {i} is {message.get('content')!r}; it must be a string")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"the last message is by {messages[-1]['role']!r}; it must be the assistant's answer")
-    if not messages[-1]["content"].strip():
+            raise ValueError(f"role of message {i} is {_shown(role)}; use one of {', '.join(ROLES)}")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content
+        ):
+            content = "".join(part.get("text", "") for part in content)
+        if content is None and calls:
+            content = ""
+        if not isinstance(content, str):
+            raise ValueError(f"content of message {i} is {_shown(content)}; it must be a string")
+        kept = {
+            key: value
+            for key, value in message.items()
+            if key not in ("role", "content", "reasoning") and value is not None
+        }
+        reasoning = message.get("reasoning_content", message.get("reasoning"))
+        if reasoning is not None:
+            if role != "assistant" or not isinstance(reasoning, str):
+                raise ValueError(
+                    f"reasoning of message {i} is {_shown(reasoning)} by {role!r}; only the assistant's, as text"
+                )
+            kept["reasoning_content"] = reasoning
+        unified.append({"role": role, "content": content, **kept})
+    last = unified[-1]
+    if last["role"] != "assistant":
+        raise ValueError(f"the last message is by {last['role']!r}; it must be the assistant's answer")
+    if not last["content"].strip() and not last.get("tool_calls"):
         raise ValueError("the assistant's last answer is empty; there is nothing to learn from it")
+    return unified
+
+
+def _text(record: dict, key: str) -> str:
+    if not isinstance(record.get(key), str):
+        raise ValueError(f"`{key}` is {_shown(record.get(key))}; it must be a string")
+    return record[key]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------- questions
+
+
+def question_and_answer(example: dict) -> tuple[dict, str]:
+    """Split an example into what is asked (a chat or a prompt, without answer) and the text of the answer.
+
+    Raises:
+        ValueError: it asks nothing: a plain text or a preference.
+    """
+    if "completion" in example:
+        return {"prompt": example["prompt"]}, example["completion"].strip()
+    if "messages" in example:
+        asked = {key: example[key] for key in ("tools",) if key in example}
+        return {"messages": example["messages"][:-1], **asked}, example["messages"][-1]["content"].strip()
+    raise ValueError(f"an example with the keys {sorted(example)} has no question and answer")
 
 
 def split_examples(examples: list[dict], held_out_fraction: float) -> tuple[list[dict], list[dict]]:
-    """Hold out about a fraction of the examples, by a hash of all but the last answer.
+    """Hold out about a fraction of the examples, by a hash of what they ask (of a text: of itself).
 
     Examples that ask the same are on the same side, and an example stays on its side when the file grows.
 
     Raises:
-        ValueError: the fraction is outside (0, 1), or one side would be empty.
+        ValueError: one side would be empty.
     """
-    if not 0.0 < held_out_fraction < 1.0:
-        raise ValueError(f"held-out fraction is {held_out_fraction}; it must be between 0 and 1, for example 0.1")
     train, held_out = [], []
     for example in examples:
-        asked = json.dumps(example["messages"][:-1], sort_keys=True).encode()
-        is_held_out = int.from_bytes(hashlib.blake2b(asked, digest_size=8).digest(), "big") < held_out_fraction * 2**64
+        asked = example.get("text", example.get("prompt")) or example["messages"][:-1]
+        digest = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).digest()
+        is_held_out = int.from_bytes(digest, "big") < held_out_fraction * 2**64
         (held_out if is_held_out else train).append(example)
     if not train or not held_out:
         raise ValueError(
             f"of {len(examples)} examples a held-out fraction of {held_out_fraction} leaves {len(train)} to train on and "
-            f"{len(held_out)} held out; give more examples, another fraction or a held-out file"
+            f"{len(held_out)} held out; give more examples, another eval_fraction or eval_data"
         )
     return train, held_out
 
 
-# ---------------------------------------------------------------- tensors
+# ---------------------------------------------------------------- tokens
 
 
-def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Turn a chat into `input_ids` and `labels`; only what the assistant wrote, its end token included, has labels.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or one that does not mark the assistant's words.
-    """
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless the chat template marks what the assistant says, so that the loss can be limited to it."""
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise ValueError("the tokenizer has no chat template; add a chat_template.jinja to its folder")
@@ -244,40 +370,112 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
             "the chat template has no {% generation %} ... {% endgeneration %} around the assistant's words, so the loss "
             "cannot be limited to them; add the two markers to chat_template.jinja"
         )
-    rendered = tokenizer.apply_chat_template(
-        example["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+
+
+def template_messages(example: dict, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """The messages as the tokenizer's template wants them: reasoning goes into the content where it has no place of its own.
+
+    Raises:
+        ValueError: the example has tools, and the template does not know any.
+    """
+    template = str(tokenizer.chat_template)
+    messages = example["messages"]
+    uses_tools = example.get("tools") or any(
+        message["role"] == "tool" or message.get("tool_calls") for message in messages
     )
+    if uses_tools and "tool" not in template:
+        raise ValueError(
+            "an example has tools, but the chat template has no place for them; use another chat_template.jinja"
+        )
+    if "reasoning_content" in template:
+        return messages
+    moved = []
+    for message in messages:
+        reasoning = message.get("reasoning_content")
+        rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+        moved.append(
+            rest if reasoning is None else {**rest, "content": f"<think>{reasoning}</think>{message['content']}"}
+        )
+    return moved
+
+
+def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Tokens and labels of an example; what the loss does not count has the label -100.
+
+    Counted are, of a chat, the assistant's words with their end token, of a prompt with completion the completion and an
+    end token, of a text everything and an end token.
+
+    Raises:
+        ValueError: the tokenizer's chat template is missing, marks nothing, or refuses the example.
+    """
+    if "text" in example or "completion" in example:
+        ids = tokenizer(example.get("text", example.get("prompt", "")))["input_ids"]
+        if "text" in example:
+            ids = [*ids, tokenizer.eos_token_id]
+            return {"input_ids": ids, "labels": list(ids)}
+        completion = tokenizer(example["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return {"input_ids": ids + completion, "labels": [IGNORED_LABEL] * len(ids) + completion}
+    check_template(tokenizer)
+    messages = template_messages(example, tokenizer)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=example.get("tools"), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+    except Exception as error:  # jinja's own, raised by templates for roles and orders they do not know
+        raise ValueError(f"the chat template refuses an example: {error}") from error
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
-    return {
-        "input_ids": ids,
-        "labels": [token if wrote else IGNORED_LABEL for token, wrote in zip(ids, mask, strict=True)],
-    }
+    labels = [token if wrote else IGNORED_LABEL for token, wrote in zip(ids, mask, strict=True)]
+    if all(label == IGNORED_LABEL for label in labels):
+        raise ValueError(
+            "the chat template marks no token of an example as the assistant's; see its generation markers"
+        )
+    return {"input_ids": ids, "labels": labels}
 
 
 def render_all(
     examples: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[dict[str, list[int]]]:
-    """Render examples and leave out those longer than `max_tokens`: a cut answer would teach to stop in the middle.
+    """Render examples; those longer than `max_tokens` are left out, since a cut answer would teach to stop in the middle.
+    Plain texts are cut into pieces instead.
 
     Raises:
         ValueError: nothing is left, or as in `render`.
     """
-    rendered = [render(example, tokenizer) for example in examples]
-    kept = [row for row in rendered if len(row["input_ids"]) <= max_tokens]
+    kept, shortest = [], None
+    for example in examples:
+        row = render(example, tokenizer)
+        length = len(row["input_ids"])
+        if "text" in example:
+            starts = range(0, length - 1, max_tokens)
+            kept += [{key: value[start : start + max_tokens] for key, value in row.items()} for start in starts]
+        elif length <= max_tokens:
+            kept.append(row)
+        else:
+            shortest = min(length, shortest or length)
     if not kept:
-        shortest = min((len(row["input_ids"]) for row in rendered), default=0)
-        raise ValueError(
-            f"no example has at most {max_tokens} tokens (the shortest has {shortest}); raise --max-tokens"
-        )
+        raise ValueError(f"no example has at most {max_tokens} tokens (the shortest has {shortest}); raise max_tokens")
     return kept
+
+
+def prompt_ids(question: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a question (from `question_and_answer`), up to where the answer begins."""
+    if "prompt" in question:
+        return tokenizer(question["prompt"])["input_ids"]
+    return tokenizer.apply_chat_template(
+        template_messages(question, tokenizer),
+        tools=question.get("tools"),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"]
 
 
 def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pad rendered examples on the right -> input_ids, attention_mask, labels, each int64 [B, S]."""
-    length = max(len(row["input_ids"]) for row in rows)
+    longest = max(len(row["input_ids"]) for row in rows)
 
-    def pad(values: list[int], filling: int) -> list[int]:
-        return values + [filling] * (length - len(values))
+    def pad(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (longest - len(values))
 
     return {
         "input_ids": torch.tensor([pad(row["input_ids"], pad_token_id) for row in rows]),
@@ -286,36 +484,22 @@ def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, to
     }
 
 
-# ---------------------------------------------------------------- command line
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to fill with; masked everywhere, so the end token does where there is no other."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune.data", description="Write train.jsonl and held_out.jsonl with number problems."
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
-    parser.add_argument("--train-examples", type=int, default=4000, help="examples to train on (default 4000)")
-    parser.add_argument("--held-out-examples", type=int, default=400, help="examples to test with (default 400)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of problems (default all)")
-    parser.add_argument("--seed", type=int, default=0, help="decides split, choice and wording (default 0)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    try:
-        train, held_out = number_problems(args.train_examples, args.held_out_examples, args.seed, args.kinds)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_examples(train, args.output / "train.jsonl")
-    write_examples(held_out, args.output / "held_out.jsonl")
-    print(f"{len(train)} training and {len(held_out)} held-out examples written to {args.output}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def preview(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """Print a rendered example: green is what the loss counts, dim what it does not; special tokens are shown."""
+    text, part, counted = Text(), [], None
+    for token, label in [*zip(row["input_ids"], row["labels"], strict=True), (None, None)]:
+        if (
+            label != IGNORED_LABEL
+        ) != counted or token is None:  # decode whole stretches: a character may be many tokens
+            text.append(tokenizer.decode(part), style="bold green" if counted else "dim")
+            part, counted = [], label != IGNORED_LABEL
+        part.append(token)
+    trained = sum(label != IGNORED_LABEL for label in row["labels"])
+    console.rule(f"one example: {len(row['labels'])} tokens, the loss counts the {trained} in green")
+    console.print(text, soft_wrap=True)
+    console.rule()

@@ -1,28 +1,34 @@
 """LoRA (arXiv:2106.09685) on DeepSeek models: named groups of targets instead of module names, and proof that they were hit.
 
-    attention   every projection of GQA or MLA
+    attention   every projection of GQA, MLA or NSA
     shared      the shared experts' MLP
     dense       the MLP of layers without experts
     routed      the routed experts; their stacked parameters get one pair of factors for each expert
     all         those of the four that the model has
 
-The router is never adapted: a changed router sends tokens to experts that were not trained for them. The
-multi-token-prediction modules, `layers[num_hidden_layers:]`, are left out unless asked for, since plain generation does
-not use them.
+The router is never adapted: a changed router sends tokens to experts that were not trained for them. The same holds for
+what chooses in sparse attention: DSA's indexer, NSA's compressors and branch gate. The multi-token-prediction modules,
+`layers[num_hidden_layers:]`, are left out unless asked for, since plain generation does not use them; their `eh_proj`,
+the embedding and the output head always are.
 
 PEFT matches names and says nothing when a name matches no module; `add_lora` counts what was really adapted.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 # Names inside a decoder layer. The routed experts are parameters, not modules, and need PEFT's `target_parameters`.
 _MODULES = {
-    "attention": r"self_attn\.(?:q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
+    "attention": r"self_attn\.(?:q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"
+    r"|(?:compress|select|window)_[kv]_proj)",
     "shared": r"mlp\.shared_experts\.(?:gate_proj|up_proj|down_proj)",
     "dense": r"mlp\.(?:gate_proj|up_proj|down_proj)",
 }
@@ -47,6 +53,8 @@ def lora_config(
     alpha: float = 16.0,
     dropout: float = 0.0,
     include_mtp: bool = False,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> LoraConfig:
     """Make the PEFT configuration that adapts the named groups of `model`.
 
@@ -57,6 +65,8 @@ def lora_config(
         alpha: the update is scaled by alpha / rank.
         dropout: on the adapters' inputs, in [0, 1); must be 0 for the routed experts.
         include_mtp: adapt the multi-token-prediction modules too.
+        rslora: scale by alpha / sqrt(rank) instead (arXiv:2312.03732).
+        dora: learn each output's length apart from its direction (arXiv:2402.09353); not for the routed experts.
 
     Raises:
         ValueError: an argument is out of range, or the model has nothing that a named group could adapt.
@@ -71,6 +81,10 @@ def lora_config(
         raise ValueError(
             f"dropout is {dropout}, but the routed experts' adapters have none; set it to 0 or leave out 'routed'"
         )
+    if dora and "routed" in groups:
+        raise ValueError(
+            "dora is on, but PEFT has it for modules only, not for the routed experts; leave out 'routed'"
+        )
     module_patterns = [_MODULES[group] for group in groups if group in _MODULES]
     parameters = _names(model, ["routed"], include_mtp) if "routed" in groups else []
     return LoraConfig(
@@ -78,6 +92,8 @@ def lora_config(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=rslora,
+        use_dora=dora,
         # A pattern, not a list of names: suffixes such as "gate_proj" would hit dense and shared MLPs alike.
         target_modules=_layer_pattern(model, include_mtp) + f"(?:{'|'.join(module_patterns)})"
         if module_patterns
@@ -94,23 +110,31 @@ def add_lora(
     alpha: float = 16.0,
     dropout: float = 0.0,
     include_mtp: bool = False,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> PeftModel:
     """Wrap `model` with new LoRA adapters, and check that each named group got all of its own. Arguments as `lora_config`.
 
     Raises:
         ValueError: as `lora_config`, or a group's modules were not all adapted.
     """
-    config = lora_config(model, targets, rank, alpha, dropout, include_mtp)
+    config = lora_config(model, targets, rank, alpha, dropout, include_mtp, rslora, dora)
+    peft_model = get_peft_model(model, config)
+    check_adapters(peft_model, targets, include_mtp)
+    return peft_model
+
+
+def check_adapters(peft_model: PeftModel, targets: Sequence[str] = ("all",), include_mtp: bool = False) -> None:
+    """Raise ValueError unless every module of the named groups, and nothing else, is adapted."""
+    model = peft_model.get_base_model()
     expected = {
         group: len(_names(model, [group], include_mtp)) for group in _resolve_targets(model, targets, include_mtp)
     }
-    peft_model = get_peft_model(model, config)
     found = {row.group: row.adapted for row in adapted_groups(peft_model)}
     if found != expected:
         raise ValueError(
             f"PEFT adapted {found}, but the targets {list(targets)} mean {expected}; try another PEFT version"
         )
-    return peft_model
 
 
 def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
@@ -121,9 +145,9 @@ def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
     adapted: dict[str, set[str]] = {}
     trainable: dict[str, int] = {}
     for name, parameter in peft_model.named_parameters():
-        if ".lora_A." not in name and ".lora_B." not in name:
+        owner, *adapter = re.split(r"\.lora_(?:A|B|magnitude_vector)\.", name)
+        if not adapter:
             continue
-        owner = re.split(r"\.lora_[AB]\.", name)[0]
         group = _group_of_adapter(owner)
         adapted.setdefault(group, set()).add(owner)
         trainable[group] = trainable.get(group, 0) + parameter.numel()
@@ -167,15 +191,16 @@ def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
 
 
 def _names(model: nn.Module, groups: Sequence[str], include_mtp: bool) -> list[str]:
-    """Names of the modules (or parameters) of groups, in the model's order."""
+    """Names of the modules (or parameters) of groups, in the model's order, with or without adapters on them."""
     layer = _layer_pattern(model, include_mtp)
-    names = []
-    for group in groups:
-        if group in _MODULES:
-            names += [name for name, _ in model.named_modules() if re.fullmatch(layer + _MODULES[group], name)]
-        else:
-            names += [name for name, _ in model.named_parameters() if re.fullmatch(layer + _PARAMETERS[group], name)]
-    return names
+    found = {group: [] for group in groups}
+    for name, _ in (*model.named_modules(), *model.named_parameters()):
+        # PEFT keeps what it wraps as `base_layer`
+        plain = re.sub(r"\.base_layer\b", "", name)
+        for group in groups:
+            if re.fullmatch(layer + {**_MODULES, **_PARAMETERS}[group], plain) and plain not in found[group]:
+                found[group].append(plain)
+    return [name for names in found.values() for name in names]
 
 
 def _group_of_adapter(owner: str) -> str:
@@ -183,3 +208,71 @@ def _group_of_adapter(owner: str) -> str:
     if re.search(r"\.mlp\.experts(?:\.base_layer)*$", owner):
         return "routed"
     return next((group for group in _MODULES if re.search(rf"layers\.\d+\.{_MODULES[group]}$", owner)), "other")
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", trainable: bool = False) -> PeftModel:
+    """Load a saved adapter onto `model` (a second one beside the first if it is a PeftModel), and check that it fits.
+
+    Switch with `model.set_adapter(name)`, and off with `with model.disable_adapter():`.
+
+    Raises:
+        FileNotFoundError: there is no adapter in `folder`.
+        ValueError: the adapter was made for another model: other layers, other shapes, parts that are not there.
+    """
+    check_fits(model, AdapterFiles(folder))
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+        model.set_adapter(name)
+        return model
+    return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+
+
+class AdapterFiles:
+    """A saved adapter's configuration and the shapes of its tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or its file is damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.path = self.folder / "adapter_model.safetensors"
+        for path in (self.folder / "adapter_config.json", self.path):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} does not exist; name a folder that a LoRA run or PEFT's save_pretrained wrote"
+                )
+        self.config = PeftConfig.from_pretrained(str(folder))
+        self.base = self.config.base_model_name_or_path
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is damaged ({error}); save or download the adapter again") from error
+
+
+def check_fits(model: nn.Module, files: AdapterFiles) -> PeftModel:
+    """Compare an adapter's tensors with those that `model` would save with its configuration.
+
+    Returns:
+        A model without memory, of the same configuration as `model`, with the adapter's modules.
+
+    Raises:
+        ValueError: the adapter was made for another model, or its file lacks tensors.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    made_for = f"the adapter in {files.folder} was made for another model ({files.base})"
+    with torch.device("meta"):
+        try:
+            empty = get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(files.config))
+        except ValueError as error:  # PEFT found no module of the names
+            raise ValueError(f"{made_for}: {error}") from error
+    state = get_peft_model_state_dict(empty, save_embedding_layers=False)
+    expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for key, shape in files.shapes.items():
+        if expected.get(key) != shape:
+            found = f"has {list(expected[key])}" if key in expected else "has no such part"
+            raise ValueError(f"{made_for}: {key} is {list(shape)}, this model {found}; load the model it was made for")
+    if missing := sorted(set(expected) - set(files.shapes)):
+        raise ValueError(f"the adapter in {files.folder} is for a smaller model or damaged: it lacks {missing[0]}")
+    return empty

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from finetune.data import number_problems
+from finetune.problems import number_problems
 from tokenization.train_bpe import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = MIN_VOCAB_SIZE + 60

@@ -1,16 +1,26 @@
-"""Number problems, files of examples, rendering with assistant-only labels."""
+"""Formats are told apart and checked with their line; rendering labels only what is to be learned."""
 
+import io
 import json
-import re
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_chat import add_tokenizer
 from transformers import AutoTokenizer
 
 from finetune import data
+from finetune.problems import number_problems
 
 CHAT = {"messages": [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "2"}]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool {{ tool['function']['name'] }}>{% endfor %}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{% generation %}[{{ m['reasoning_content'] or '' }}]{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}<call {{ c['function']['name'] }}>{% endfor %}{{ eos_token }}"
+    "{% endgeneration %}{% else %}<{{ m['role'] }}>{{ m['content'] }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.fixture
@@ -18,93 +28,114 @@ def tokenizer(tmp_path):
     return AutoTokenizer.from_pretrained(add_tokenizer(tmp_path / "tokenizer"))
 
 
-# ---------------------------------------------------------------- number problems
+def _learned(row, tokenizer):
+    return tokenizer.decode([label for label in row["labels"] if label != data.IGNORED_LABEL])
 
 
-def _problem_of(example):
-    """What is asked, without wording, language and (where it does not matter) order."""
-    kind, question = example["kind"], example["messages"][0]["content"]
-    if kind == "count":
-        return kind, re.sub(r"[\w\s?？:：]", "", question)
-    digits = re.findall(r"\d", question)
-    if question.startswith("Take"):  # "Take 2 away from 5."
-        digits.reverse()
-    return kind, tuple(digits if kind in ("last", "subtract") else sorted(digits))
+def _chat(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
 
 
-def test_same_seed_same_examples():
-    assert data.number_problems(50, 20, seed=3) == data.number_problems(50, 20, seed=3)
-    assert data.number_problems(50, 20, seed=3) != data.number_problems(50, 20, seed=4)
+# ---------------------------------------------------------------- formats
+
+FORMATS = {
+    "messages": (CHAT, CHAT),
+    "alpaca": (
+        {"instruction": "Add.", "input": "1, 1", "output": "2", "system": "Be brief.", "id": 7},
+        {"messages": _chat(("system", "Be brief."), ("user", "Add.\n\n1, 1"), ("assistant", "2")), "id": 7},
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}], "system": "S"},
+        {"messages": _chat(("system", "S"), ("user", "1 + 1?"), ("assistant", "2"))},
+    ),
+    "prompt-completion": ({"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "1 + 1 =", "completion": " 2"}),
+    "qa": ({"question": "1 + 1?", "answer": 2}, {"messages": _chat(("user", "1 + 1?"), ("assistant", "2"))}),
+    "text": ({"text": "one"}, {"text": "one"}),
+    "preference": (
+        {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"},
+        {
+            "prompt": _chat(("user", "1 + 1?")),
+            "chosen": _chat(("assistant", "2")),
+            "rejected": _chat(("assistant", "3")),
+        },
+    ),
+}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_held_out_problems_are_not_in_training_in_any_wording_or_language(seed):
-    train, held_out = data.number_problems(6000, 600, seed)
-    assert not {_problem_of(example) for example in train} & {_problem_of(example) for example in held_out}
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_told_apart_and_become_one(tmp_path, name):
+    record, expected = FORMATS[name]
+    data.write_jsonl([record], tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    assert data.detect_format(record) == name
+    for source in ("a.jsonl", "a.json"):
+        assert data.read_examples([tmp_path / source]) == [expected]
+    assert data.read_examples([tmp_path / "a.jsonl"], format=name) == [expected]
 
 
-def test_answers_are_right():
-    for example in data.number_problems(600, 1)[0]:
-        kind, asked = _problem_of(example)
-        expected = {
-            "largest": lambda asked: max(asked),
-            "smallest": lambda asked: min(asked),
-            "last": lambda asked: asked[-1],
-            "count": lambda asked: len(asked),
-            "add": lambda asked: int(asked[0]) + int(asked[1]),
-            "subtract": lambda asked: int(asked[0]) - int(asked[1]),
-        }[kind](asked)
-        assert example["messages"][-1]["content"] == str(expected), example
+def test_whole_conversations_that_begin_alike_are_a_preference():
+    chosen, rejected = (_chat(("user", "1 + 1?"), ("assistant", text)) for text in ("2", "3"))
+    assert data.normalise({"chosen": chosen, "rejected": rejected}, "preference") == FORMATS["preference"][1]
 
 
-def test_equal_shares_of_kinds_and_languages():
-    train, _ = data.number_problems(24 * len(data.KINDS), 1)
-    groups = [(example["kind"], example["language"]) for example in train]
-    assert {groups.count(group) for group in groups} == {12}
-    assert len(set(groups)) == 2 * len(data.KINDS)
+def test_a_text_file_is_one_document_and_files_may_differ_in_format(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    data.write_jsonl([CHAT], tmp_path / "b.jsonl")
+    assert data.read_examples([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == [{"text": "one\n\ntwo"}, CHAT]
 
 
-def test_every_problem_is_written_once_and_every_example_is_valid():
-    for problems in data.all_problems().values():
-        assert len(problems) == len(set(problems))
-    for example in data.number_problems(300, 30)[0]:
-        data.check_example(example)
+def test_openai_spellings_are_unified():
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "assistant", "content": "2", "reasoning": "one and one"},
+    ]
+    unified = data.normalise({"messages": messages, "tools": [TOOL]}, "messages")
+    assert [message["role"] for message in unified["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert unified["messages"][0]["content"] == "Be brief."
+    assert unified["messages"][2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert unified["messages"][4] == {"role": "assistant", "content": "2", "reasoning_content": "one and one"}
+    assert unified["tools"] == [TOOL]
 
 
-@pytest.mark.parametrize("arguments", [(0, 1), (1, 0)])
-def test_sizes_below_one_are_refused(arguments):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        data.number_problems(*arguments)
+def test_a_named_dataset_is_loaded_row_by_row(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"question": "1 + 1?", "answer": "2", "empty": None}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for source in ("a/b", "a/b:test", "a/b:main:test"):
+        assert data.read_examples([source]) == [FORMATS["qa"][1]]
+    assert asked == [("a/b", None, "train"), ("a/b", None, "test"), ("a/b", "main", "test")]
 
 
-def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="division"):
-        data.number_problems(1, 1, kinds=["division"])
+def test_a_name_that_is_no_dataset_is_explained():
+    with pytest.raises(FileNotFoundError, match=r"no/such.* is no file, and `datasets` cannot load it"):
+        data.read_examples(["no/such-dataset-here"])
 
 
-# ---------------------------------------------------------------- files
-
-
-def test_files_round_trip(tmp_path):
-    train, _ = data.number_problems(20, 1)
-    data.write_examples(train, tmp_path / "a.jsonl")
-    assert data.read_examples(tmp_path / "a.jsonl") == train
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "Expecting property name"),
-        ("[]", "needs a non-empty list `messages`, found list"),
-        ('{"text": "x"}', r"found \['text'\]"),
+        ("[]", "is a list; each record must be an object"),
         ('{"messages": []}', "non-empty list"),
         ('{"messages": ["x"]}', "role of message 0 is None"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "role of message 0 is 'tool'"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "role of message 0 is 'bot'"),
         ('{"messages": [{"role": "user", "content": 3}]}', "content of message 0 is 3"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "last message is by 'user'"),
         ('{"messages": [{"role": "assistant", "content": " "}]}', "nothing to learn"),
+        ('{"messages": [{"role": "user", "content": "x", "reasoning": "y"}]}', "only the assistant's"),
+        ('{"messages": [{"role": "assistant", "content": "x"}], "tools": 3}', "`tools` is 3"),
         (b'{"messages": "\xff"}', "codec can't decode"),
+        ('{"text": "x"}', "`messages` is None"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -112,77 +143,151 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(json.dumps(CHAT).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(ValueError, match=message) as error:
-        data.read_examples(path)
+        data.read_examples([path])
+    assert "1 of 2 records are malformed" in str(error.value)
     assert "bad.jsonl, line 3:" in str(error.value)
 
 
-def test_an_empty_file_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"instruction": "x", "output": 3}, "`output` is 3"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "`from` of turn 0 is 'bot'"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "content of message 0 is None"),
+        ({"prompt": "x", "completion": " "}, "`completion` is empty"),
+        ({"prompt": "x", "chosen": "y", "rejected": "y"}, "are the same"),
+        ({"chosen": "y", "rejected": "z"}, "do not begin with the same messages"),
+        ({"text": " "}, "`text` is empty"),
+        ({"txet": "x"}, r"has the keys \['txet'\], which no format has"),
+    ],
+)
+def test_other_formats_name_what_is_wrong(tmp_path, record, message):
+    data.write_jsonl([record], tmp_path / "bad.jsonl")
+    with pytest.raises(ValueError, match=message):
+        data.read_examples([tmp_path / "bad.jsonl"])
+
+
+def test_only_the_first_few_errors_are_shown(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("[]\n" * 9)
+    with pytest.raises(ValueError, match="9 of 9 records") as error:
+        data.read_examples([tmp_path / "bad.jsonl"])
+    assert "line 5:" in str(error.value)
+    assert "line 6:" not in str(error.value)
+    assert "and 4 more" in str(error.value)
+
+
+def test_empty_and_absent_files_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no examples"):
-        data.read_examples(tmp_path / "empty.jsonl")
+        data.read_examples([tmp_path / "empty.jsonl"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        data.read_examples(tmp_path / "absent.jsonl")
+        data.read_examples([tmp_path / "absent.jsonl"])
+    (tmp_path / "object.json").write_text("{}")
+    with pytest.raises(ValueError, match="must hold a list"):
+        data.read_examples([tmp_path / "object.json"])
 
 
 def test_split_keeps_equal_questions_together():
-    examples, _ = data.number_problems(500, 1)
+    examples, _ = number_problems(500, 1)
     train, held_out = data.split_examples(examples, 0.2)
     assert len(train) + len(held_out) == 500
     assert 50 < len(held_out) < 150
     questions = [{example["messages"][0]["content"] for example in part} for part in (train, held_out)]
     assert not questions[0] & questions[1]
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
-def test_split_refuses_fractions_outside_0_1(fraction):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        data.split_examples([CHAT], fraction)
-
-
-def test_split_refuses_an_empty_side():
     with pytest.raises(ValueError, match="give more examples"):
         data.split_examples([CHAT], 0.5)
 
 
-def test_command_line_writes_both_files(tmp_path, capsys):
-    output = tmp_path / "numbers"
-    arguments = ["--output", str(output), "--train-examples", "12", "--held-out-examples", "4"]
-    arguments += ["--kinds", "add", "count"]
-    assert data.main(arguments) == 0
-    assert [len(data.read_examples(output / name)) for name in ("train.jsonl", "held_out.jsonl")] == [12, 4]
-    assert {example["kind"] for example in data.read_examples(output / "train.jsonl")} == {"add", "count"}
-    assert data.main([*arguments, "--train-examples", "0"]) == 2
-    assert "must be at least 1" in capsys.readouterr().err
+def test_files_round_trip(tmp_path):
+    train, _ = number_problems(20, 1)
+    data.write_jsonl(train, tmp_path / "a.jsonl")
+    assert data.read_examples([tmp_path / "a.jsonl"]) == train
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-# ---------------------------------------------------------------- tensors
+# ---------------------------------------------------------------- tokens
 
 
 def test_labels_are_the_assistants_words_and_end_tokens(tokenizer):
     turns = [("user", "What is 3 plus 4?"), ("assistant", "7"), ("user", "3加4等于多少？"), ("assistant", "七")]
-    row = data.render({"messages": [{"role": role, "content": text} for role, text in turns]}, tokenizer)
-    targets = [label for label in row["labels"] if label != data.IGNORED_LABEL]
-    assert tokenizer.decode(targets) == f"7{tokenizer.eos_token}七{tokenizer.eos_token}"
+    row = data.render({"messages": _chat(*turns)}, tokenizer)
+    assert _learned(row, tokenizer) == f"7{tokenizer.eos_token}七{tokenizer.eos_token}"
     assert all(
         label in (token, data.IGNORED_LABEL) for token, label in zip(row["input_ids"], row["labels"], strict=True)
     )
     assert row["input_ids"].count(tokenizer.bos_token_id) == 1
 
 
+def test_completions_and_texts_end_and_prompts_are_not_learned(tokenizer):
+    row = data.render({"prompt": "1 + 1 =", "completion": " 2"}, tokenizer)
+    assert _learned(row, tokenizer) == f" 2{tokenizer.eos_token}"
+    assert row["input_ids"][: row["labels"].count(data.IGNORED_LABEL)] == tokenizer("1 + 1 =")["input_ids"]
+    row = data.render({"text": "one two"}, tokenizer)
+    assert row["labels"] == row["input_ids"]
+    assert row["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_reasoning_and_tools_reach_a_template_that_knows_them(tokenizer):
+    tokenizer.chat_template = TOOL_TEMPLATE
+    messages = [
+        {"role": "user", "content": "sum"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two", "reasoning_content": "hm"},
+    ]
+    row = data.render({"messages": messages, "tools": [TOOL]}, tokenizer)
+    assert tokenizer.decode(row["input_ids"]).startswith("<tool add><user>sum")
+    assert _learned(row, tokenizer) == f"[]<call add>{tokenizer.eos_token}[hm]two{tokenizer.eos_token}"
+
+
+def test_reasoning_goes_into_the_content_of_templates_without_a_place_for_it(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [*_chat(("user", "1 + 1?")), {"role": "assistant", "content": "2", "reasoning_content": "easy"}]
+    row = data.render({"messages": messages}, tokenizer)
+    assert _learned(row, tokenizer) == f"<think>easy</think>2{tokenizer.eos_token}"
+    with pytest.raises(ValueError, match="no place for them"):
+        data.render({"messages": messages, "tools": [TOOL]}, tokenizer)
+
+
 def test_templates_without_markers_are_refused(tokenizer):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="endgeneration"):
+        data.render(CHAT, tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} {% generation %}{% endgeneration %}x"
+    with pytest.raises(ValueError, match="marks no token"):
+        data.render(CHAT, tokenizer)
+    tokenizer.chat_template = "{% generation %}{% endgeneration %}{{ raise_exception('only poems') }}"
+    with pytest.raises(ValueError, match="refuses an example: only poems"):
         data.render(CHAT, tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         data.render(CHAT, tokenizer)
 
 
-def test_long_examples_are_left_out(tokenizer):
-    long = {"messages": [{"role": "user", "content": "9 " * 50}, {"role": "assistant", "content": "9"}]}
+def test_long_examples_are_left_out_and_long_texts_cut(tokenizer):
+    long = {"messages": _chat(("user", "9 " * 50), ("assistant", "9"))}
     assert data.render_all([CHAT, long], tokenizer, max_tokens=20) == [data.render(CHAT, tokenizer)]
-    with pytest.raises(ValueError, match="raise --max-tokens"):
+    with pytest.raises(ValueError, match="raise max_tokens"):
         data.render_all([long], tokenizer, max_tokens=20)
+    text = {"text": "9 8 7 6 5 " * 20}
+    pieces = data.render_all([text], tokenizer, max_tokens=20)
+    assert max(len(piece["input_ids"]) for piece in pieces) == 20
+    assert [token for piece in pieces for token in piece["input_ids"]] == data.render(text, tokenizer)["input_ids"]
+
+
+def test_prompts_end_where_the_answer_begins(tokenizer):
+    for example in (CHAT, {"prompt": "1 + 1 =", "completion": " 2"}):
+        question, answer = data.question_and_answer(example)
+        assert answer == "2"
+        row = data.render(example, tokenizer)
+        prompt = data.prompt_ids(question, tokenizer)
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"].count(data.IGNORED_LABEL) == len(prompt)
+    with pytest.raises(ValueError, match="no question"):
+        data.question_and_answer({"text": "x"})
 
 
 def test_collate_pads_on_the_right():
@@ -192,3 +297,13 @@ def test_collate_pads_on_the_right():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_preview_colours_what_is_learned(tokenizer):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", width=80)
+    data.preview(data.render(CHAT, tokenizer), tokenizer, console)
+    green, dim = "\x1b[1;32m", "\x1b[2m"
+    assert f"{green}2{tokenizer.eos_token}" in out.getvalue()
+    assert f"{dim}{tokenizer.bos_token}" in out.getvalue()
+    assert out.getvalue().count(green) == 1

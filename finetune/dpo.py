@@ -1,0 +1,61 @@
+"""Direct preference optimisation (arXiv:2305.18290) by TRL's DPOTrainer.
+
+    python -m finetune.dpo --model . --data preferences.jsonl --output runs/x
+
+A line of the data is {"prompt", "chosen", "rejected"}, each text or a list of messages. With LoRA the reference is the
+model without its adapter; otherwise it is a second copy of the model.
+"""
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import DPOConfig
+
+from finetune.config import DPOOptions
+from finetune.data import template_messages
+from finetune.run import Task, command, fine_tune
+from finetune.trainers import DeepseekDPOTrainer
+
+
+def run(options: DPOOptions, callbacks: tuple[TrainerCallback, ...] = ()):
+    """A whole run; see `finetune.run.fine_tune`.
+
+    Raises:
+        ValueError, OSError: something the user gave is wrong.
+    """
+
+    def dataset(examples: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        if not all("chosen" in example for example in examples):
+            raise ValueError(
+                "the data hold examples without `chosen` and `rejected`; `python -m finetune.sft` learns from those"
+            )
+        return Dataset.from_list(
+            [
+                {
+                    key: template_messages({"messages": example[key]}, tokenizer)
+                    for key in ("prompt", "chosen", "rejected")
+                }
+                for example in examples
+            ]
+        )
+
+    task = Task(
+        trainer_class=DeepseekDPOTrainer,
+        arguments_class=DPOConfig,
+        arguments={
+            "beta": options.beta,
+            "loss_type": [options.dpo_loss],
+            "max_length": options.max_tokens,
+            "trust_remote_code": True,
+        },
+        dataset=dataset,
+    )
+    return fine_tune(options, task, callbacks)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("python -m finetune.dpo", DPOOptions, run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

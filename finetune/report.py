@@ -1,0 +1,147 @@
+"""The page a run ends with: what was done, curves, expert load and samples before and after. One file, no network."""
+
+import base64
+import html
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+
+from matplotlib import pyplot as plt
+
+from finetune.experts import Routing
+
+_CURVES = (  # title, keys of the trainer's log with their labels
+    ("loss", {"loss": "training", "eval_loss": "held out"}),
+    ("accuracy of generated answers", {"eval_accuracy": "task"}),
+    ("reward", {"reward": "training", "eval_reward": "held out"}),
+    ("preference accuracy", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
+    ("busiest expert / mean, worst layer", {"expert_load": "training"}),
+    ("learning rate", {"learning_rate": "training"}),
+)
+
+
+@dataclass
+class Report:
+    """Everything the page shows; `training.json` holds the same."""
+
+    options: dict
+    trained: str  # table of what was trained
+    seconds: float = 0.0
+    before: dict = field(default_factory=dict)  # metric -> value
+    after: dict = field(default_factory=dict)
+    log: list[dict] = field(default_factory=list)  # the trainer's log_history
+    routing_before: dict[int, Routing] = field(default_factory=dict)
+    routing_after: dict[int, Routing] = field(default_factory=dict)
+    samples: list[dict] = field(default_factory=list)  # question, reference, before, after
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `training.json`, `curves.png` and `report.html` into `folder`."""
+    record = asdict(report)
+    for name in ("routing_before", "routing_after"):
+        record[name] = {layer: routing.token.tolist() for layer, routing in getattr(report, name).items()}
+    _write(folder / "training.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    curves = draw_curves(report.log)
+    (folder / "curves.png").write_bytes(curves)
+    load = draw_load(report.routing_before, report.routing_after)
+    _write(folder / "report.html", _page(report, curves, load))
+
+
+def draw_curves(log: list[dict]) -> bytes:
+    """The curves of a trainer's log as a PNG; kinds without points are left out."""
+    shown = [
+        (title, {label: points for key, label in keys.items() if (points := _points(log, key))})
+        for title, keys in _CURVES
+    ]
+    shown = [(title, lines) for title, lines in shown if lines]
+    columns = min(2, max(1, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, (title, lines) in zip(axes.flat, shown, strict=False):
+        for label, points in lines.items():
+            steps, values = zip(*points, strict=True)
+            axis.plot(steps, values, label=label, marker="." if len(points) < 30 else None)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return _png(figure)
+
+
+def draw_load(before: dict[int, Routing], after: dict[int, Routing]) -> bytes | None:
+    """Each layer's share of tokens by expert, before and after, as a PNG; None for models without routed experts."""
+    if not before:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(before) + 2), sharey=True)
+    highest = max(float(routing.token.max()) for routings in (before, after) for routing in routings.values())
+    for axis, title, routings in zip(axes, ("before", "after"), (before, after), strict=True):
+        image = axis.imshow(
+            [routing.token.tolist() for routing in routings.values()], aspect="auto", vmin=0, vmax=highest
+        )
+        axis.set_title(f"share of a layer's tokens, {title}")
+        axis.set_xlabel("expert")
+        axis.set_yticks(range(len(routings)), [f"layer {layer}" for layer in routings])
+    figure.colorbar(image, ax=axes)
+    return _png(figure, tight=False)
+
+
+def _points(log: list[dict], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], float(entry[key])) for entry in log if key in entry]
+
+
+def _png(figure, tight: bool = True) -> bytes:
+    if tight:
+        figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _page(report: Report, curves: bytes, load: bytes | None) -> str:
+    def image(png: bytes) -> str:
+        return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+    def table(header: list[str], rows: list[list]) -> str:
+        cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        lines = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+        )
+        return f"<table><tr>{cells}</tr>{lines}</table>"
+
+    metrics = [
+        [name, *(f"{side[name]:.4g}" if name in side else "" for side in (report.before, report.after))]
+        for name in dict.fromkeys([*report.before, *report.after])
+    ]
+    samples = [[sample[key] for key in ("question", "reference", "before", "after")] for sample in report.samples]
+    style = "body{font:15px sans-serif;max-width:1100px;margin:2em auto}td,th{border:1px solid #ccc;padding:.3em .6em;"
+    style += "text-align:left;white-space:pre-wrap}table{border-collapse:collapse}img{max-width:100%}"
+    parts = [
+        f"<h1>Fine-tuning of {html.escape(str(report.options.get('model')))}</h1><p>{report.seconds:.0f} seconds</p>",
+        "<h2>Before and after</h2>" + table(["held out", "before", "after"], metrics),
+        "<h2>Curves</h2>" + image(curves),
+        f"<h2>What was trained</h2><pre>{html.escape(report.trained)}</pre>",
+    ]
+    if load is not None:
+        parts.append("<h2>Expert load on held-out data</h2>" + image(load))
+    if samples:
+        parts.append("<h2>Samples</h2>" + table(["question", "reference", "before", "after"], samples))
+    parts.append("<h2>Options</h2>" + table(["option", "value"], [[k, v] for k, v in report.options.items()]))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Fine-tuning report</title><style>{style}</style>'
+        + "".join(parts)
+        + "</html>\n"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

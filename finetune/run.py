@@ -1,0 +1,327 @@
+"""What `finetune.sft`, `finetune.dpo` and `finetune.grpo` share: from options to a trained result and its report.
+
+A run's folder holds
+
+    final/               the result: a PEFT adapter, the chosen experts (ESFT) or a whole model
+    report.html          curves, expert load, samples; `training.json` has the numbers
+    checkpoint-N/        to resume from; each is whole
+    options.yaml         the options of the run; usable as --config
+    logs/                tensorboard
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import DistributedType, PartialState
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    is_wandb_available,
+)
+
+from finetune.callbacks import ProgressBar, RouterBiasCallback
+from finetune.config import CommonOptions, read_options
+from finetune.data import pad_token, question_and_answer, read_examples, render_all, split_examples
+from finetune.experts import finish_expert_training, measure_routing
+from finetune.lora import check_adapters, describe_adapters
+from finetune.models import describe_trainable, load_model, prepare
+from finetune.report import Report, write_report
+from finetune.trainers import DeepseekTrainerMixin, last_checkpoint, save_result
+
+_SAMPLES = 5  # answers shown before and after
+_ROUTING_ROWS = 64  # held-out examples that the expert load is measured on
+
+
+@dataclass
+class Task:
+    """One command's part of a run.
+
+    Args:
+        trainer_class, arguments_class: TRL's, with the mixin.
+        arguments: what the command adds to the trainer's arguments.
+        dataset: makes the trainer's dataset of examples.
+        best_metric: of an evaluation, without "eval_"; and whether more is better.
+        trainer_kwargs: more of the trainer's own keyword arguments.
+        mtp_loss, balance_loss: weights of the model's own losses.
+    """
+
+    trainer_class: type
+    arguments_class: type
+    arguments: dict[str, Any]
+    dataset: Callable[[list[dict], PreTrainedTokenizerBase], Any]
+    best_metric: tuple[str, bool] = ("loss", False)
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+    mtp_loss: float = 0.0
+    balance_loss: float = 0.0
+    own_losses: bool = False
+
+
+def fine_tune(
+    options: CommonOptions, task: Task, callbacks: tuple[TrainerCallback, ...] = (), console: Console | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Report]:
+    """Do a whole run.
+
+    Args:
+        options: what the user asked for.
+        task: the command's part.
+        callbacks: more callbacks; if there are any, they replace the progress bar.
+        console: where tables and the preview go.
+
+    Returns:
+        The trained model, its tokenizer and the report that was written.
+
+    Raises:
+        ValueError, OSError: something the user gave is wrong, or the disk is full.
+    """
+    output, checkpoint = Path(options.output), None
+    started = time.perf_counter()
+    state = PartialState(cpu=options.cpu) if options.cpu else PartialState()
+    console = console or Console(quiet=not state.is_main_process)
+    if options.resume:
+        checkpoint = _check_resumable(output, options)
+    elif output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(
+            f"output {output} is not empty; name another folder, remove it, or continue it with --resume"
+        )
+    examples, held_out, task_examples = _read(options)
+    arguments = _arguments(options, task)
+
+    set_seed(options.seed)
+    model, tokenizer = load_model(
+        options.model, options.dtype, options.quantise, options.attention, task.balance_loss, task.mtp_loss
+    )
+    train_data, eval_data = task.dataset(examples, tokenizer), task.dataset(held_out, tokenizer)
+    if options.method == "esft":
+        model.to(arguments.device)  # chosen experts share their layer's memory, which must not move later
+
+    def routing_on(some: list[dict]):
+        rows = render_all([_as_chat(example) for example in some], tokenizer, options.max_tokens)
+        return measure_routing(model, rows, pad_token(tokenizer))
+
+    peft_config, trained = prepare(
+        model, options, lambda: routing_on(examples[: options.esft_samples]), bool(task.mtp_loss), task.own_losses
+    )
+    trainer: DeepseekTrainerMixin = task.trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=_callbacks(options, model, callbacks),
+        **task.trainer_kwargs,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.options, trainer.task_examples = options, task_examples
+    if peft_config is not None:
+        check_adapters(trainer.model, options.targets, bool(task.mtp_loss))
+        trained = describe_adapters(trainer.model) + "\n" + describe_trainable(trainer.model)
+    console.print(trained, highlight=False, markup=False)
+    console.print(f"{len(examples)} examples to train on, {len(held_out)} held out", highlight=False)
+
+    report = Report(options=asdict(options), trained=trained)
+    # A sharded model lives only inside the trainer's loop, so the extra looks at it are for the others.
+    whole = trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if whole:
+        report.routing_before = routing_on(held_out[:_ROUTING_ROWS])
+        report.samples = _samples(trainer, task_examples or held_out, "before", [])
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_options(output, options)
+    state.wait_for_everyone()
+
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    save_result(trainer, output / "final")
+    if whole:
+        report.routing_after = routing_on(held_out[:_ROUTING_ROWS])
+        report.samples = _samples(trainer, task_examples or held_out, "after", report.samples)
+    report.log = trainer.state.log_history
+    report.before, report.after = _first_and_best(report.log, arguments)
+    report.seconds = time.perf_counter() - started
+    if state.is_main_process:
+        write_report(report, output)
+    if options.method == "esft":
+        finish_expert_training(model)
+    state.wait_for_everyone()
+    return trainer.accelerator.unwrap_model(trainer.model), tokenizer, report
+
+
+def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] | None) -> int:
+    """Read the options, run, and turn errors of the user's making into one line; returns the exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")  # to each other
+    try:
+        options = read_options(schema, argv, prog)
+        run(options)
+    except KeyboardInterrupt:
+        print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        print(f"result in {options.output}/final, report in {options.output}/report.html")
+    return 0
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _read(options: CommonOptions) -> tuple[list[dict], list[dict], list[dict]]:
+    """Examples to train on, held-out ones, and questions for the accuracy."""
+    examples = read_examples(options.data, options.format)
+    if options.eval_data:
+        held_out = read_examples(options.eval_data, options.format)
+    else:
+        examples, held_out = split_examples(examples, options.eval_fraction)
+    task_examples = read_examples(options.task_data) if options.task_data else []
+    for example in task_examples:
+        question_and_answer(example)  # raises for what asks nothing
+    return examples, held_out, task_examples
+
+
+def _arguments(options: CommonOptions, task: Task):
+    """The trainer's arguments."""
+    trackers = [name for name in options.track if name != "none"]
+    if "wandb" in trackers and not is_wandb_available():
+        raise ValueError("track has 'wandb', which is not installed; pip install wandb or leave it out")
+    eval_steps = options.eval_steps or 0.1  # a share: ten times a run
+    save_steps = options.save_steps or eval_steps
+    if options.save_steps and (not options.eval_steps or options.save_steps % options.eval_steps):
+        raise ValueError(
+            f"save_steps is {options.save_steps} and eval_steps {options.eval_steps}; save_steps must be a multiple, so that "
+            "every checkpoint has its evaluation"
+        )
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(options.output) / "logs"))
+    metric, more_is_better = ("accuracy", True) if options.best_by == "accuracy" else task.best_metric
+    return task.arguments_class(
+        output_dir=options.output,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation_steps,
+        num_train_epochs=options.epochs,
+        max_steps=options.steps or -1,
+        learning_rate=options.peak_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_fraction,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=options.bf16,
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_steps=options.log_steps,
+        logging_first_step=True,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        eval_on_start=not options.resume,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=options.keep_checkpoints,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=more_is_better,
+        report_to=trackers,
+        disable_tqdm=True,  # our own bar
+        use_cpu=options.cpu or not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+        **task.arguments,
+    )
+
+
+def _callbacks(options: CommonOptions, model: nn.Module, more: tuple[TrainerCallback, ...]) -> list[TrainerCallback]:
+    callbacks = []
+    if getattr(model.config, "n_routed_experts", None):
+        callbacks.append(RouterBiasCallback(options.router_bias_rate))  # first, since it adds to what others show
+    elif options.router_bias_rate:
+        raise ValueError(f"router_bias_rate is {options.router_bias_rate}, but the model has no routed experts")
+    callbacks += list(more) or [ProgressBar()]
+    if options.early_stopping:
+        callbacks.append(EarlyStoppingCallback(options.early_stopping))
+    return callbacks
+
+
+def _samples(trainer: DeepseekTrainerMixin, examples: list[dict], when: str, earlier: list[dict]) -> list[dict]:
+    """A few questions with references and greedy answers, added to those of earlier."""
+    asking = [example for example in examples if "messages" in example or "completion" in example][:_SAMPLES]
+    if not asking:
+        return earlier
+    texts = [answer.text for answer in trainer.answers(asking)]
+    if earlier:
+        return [{**sample, when: text} for sample, text in zip(earlier, texts, strict=True)]
+    samples = []
+    for example, text in zip(asking, texts, strict=True):
+        question, reference = question_and_answer(example)
+        shown = question.get("prompt") or question["messages"][-1]["content"]
+        samples.append({"question": shown, "reference": reference, when: text})
+    return samples
+
+
+def _as_chat(example: dict) -> dict:
+    """Of a preference, the preferred conversation; everything else as it is."""
+    return {"messages": [*example["prompt"], *example["chosen"]]} if "chosen" in example else example
+
+
+def _first_and_best(log: list[dict], arguments) -> tuple[dict, dict]:
+    """The evaluation before the first step, and the one whose checkpoint the result is."""
+    evaluations = [entry for entry in log if any(key.startswith("eval_") for key in entry)]
+    if not evaluations:
+        return {}, {}
+    key = f"eval_{arguments.metric_for_best_model}"
+    trained = [entry for entry in evaluations if entry["step"] > 0 and key in entry]
+    best = (max if arguments.greater_is_better else min)(
+        trained, key=lambda entry: entry[key], default=evaluations[-1]
+    )
+    skipped = ("runtime", "samples_per_second", "steps_per_second", "num_tokens")
+
+    def metrics(entry: dict) -> dict:
+        values = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+        return {"step": entry["step"]} | {k: v for k, v in values.items() if not k.endswith(skipped)}
+
+    return metrics(evaluations[0]), metrics(best)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def _write_options(output: Path, options: CommonOptions) -> None:
+    partial = output / "options.yaml.partial"
+    values = {name: value for name, value in asdict(options).items() if name != "resume"}
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(output / "options.yaml")
+
+
+def _check_resumable(output: Path, options: CommonOptions) -> Path | None:
+    """The checkpoint to continue from; None where the run was stopped before its first.
+
+    Raises:
+        FileNotFoundError: there is no run in `output`.
+        ValueError: the options differ from those the run began with, so it would not be the same run.
+    """
+    path = output / "options.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume, but {output} holds no run ({path} does not exist)")
+    began = yaml.safe_load(path.read_text(encoding="utf-8"))
+    free = ("resume", "keep_checkpoints", "preview", "track", "log_steps")  # change nothing in what is learned
+    for name, value in asdict(options).items():
+        if name not in free and began.get(name) != value:
+            raise ValueError(
+                f"--resume, but {name} is {value!r} and the run began with {began.get(name)!r}; a resumed run must have the "
+                f"options it began with: --config {path} --resume"
+            )
+    return last_checkpoint(output)
