@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
@@ -165,7 +166,7 @@ def merge(source: Path, adapter: Path, output: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
     parser = argparse.ArgumentParser(prog="python -m finetune.merge", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--model", required=True, help="folder or Hub name of the base model")
     parser.add_argument("--adapter", type=Path, required=True, help=f"folder with a LoRA adapter or {ESFT_CONFIG}")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")
     return parser
@@ -175,7 +176,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        merge(args.model, args.adapter, args.output)
+        source = Path(args.model)
+        if not source.is_dir():
+            refuse_existing(args.output)
+            source = Path(snapshot_download(args.model))
+        merge(source, args.adapter, args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,10 @@ def load_model(
         ValueError: the tokenizer has ids that the model's vocabulary lacks, or this machine cannot quantise so.
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
+    except OSError as error:
+        raise OSError(f"model {model_dir!r} cannot be loaded: {error}") from error
     config.mtp_loss_weight = mtp_loss
     config.aux_loss_alpha = balance_loss
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)

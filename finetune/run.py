@@ -145,6 +145,8 @@ def fine_tune(
 
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
+    if trainer.is_fsdp_enabled:  # whatever form the checkpoints have, the result is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     save_result(trainer, output / "final")
     if whole:
         report.routing_after = routing_on(held_out[:_ROUTING_ROWS])
@@ -205,7 +207,7 @@ def _arguments(options: CommonOptions, task: Task):
             f"save_steps is {options.save_steps} and eval_steps {options.eval_steps}; save_steps must be a multiple, so that "
             "every checkpoint has its evaluation"
         )
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(options.output) / "logs"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(options.output) / "logs")  # transformers has no argument for it
     metric, more_is_better = ("accuracy", True) if options.best_by == "accuracy" else task.best_metric
     return task.arguments_class(
         output_dir=options.output,

@@ -1,213 +1,394 @@
-"""Fine-tuning from a folder to an adapter, its evaluation, and its command line."""
+"""Supervised fine-tuning from files to a result: losses, packing, resuming, saving, reports, errors."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
-from peft import PeftModel
+import yaml
+from datasets import Dataset
 from tiny_chat import VOCAB_SIZE, add_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 
-from finetune import sft
-from finetune.data import number_problems, render_all, write_examples
-from finetune.lora import add_lora
+from finetune import run, sft, trainers
+from finetune.config import SFTOptions, make_options
+from finetune.data import IGNORED_LABEL, read_examples, render_all, write_jsonl
+from finetune.evaluate import answer_all, greedy_answers, main as evaluate_main, score
+from finetune.experts import ESFT_CONFIG
+from finetune.models import load_model, load_result, quantisation_config
+from finetune.problems import number_problems
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture
 def chat_checkpoint(checkpoint):
-    return lambda family="v3": add_tokenizer(checkpoint(family, vocab_size=VOCAB_SIZE))
+    return lambda family="v3", **more: add_tokenizer(checkpoint(family, vocab_size=VOCAB_SIZE, **more))
 
 
 @pytest.fixture
 def files(tmp_path):
     train, held_out = number_problems(48, 12, kinds=["count"])
-    write_examples(train, tmp_path / "train.jsonl")
-    write_examples(held_out, tmp_path / "held_out.jsonl")
+    write_jsonl(train, tmp_path / "train.jsonl")
+    write_jsonl(held_out, tmp_path / "held_out.jsonl")
     return tmp_path
 
 
-def _arguments(model, files, *more):
-    output = ["--output", str(files / "out" / "adapter")]
-    return ["--model", str(model), "--data", str(files / "train.jsonl"), *output, *more]
+def _options(model, files, output="run", **more):
+    values = {
+        "model": str(model),
+        "data": [str(files / "train.jsonl")],
+        "eval_data": [str(files / "held_out.jsonl")],
+        "output": str(files / output),
+        **{"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "eval_steps": 2, "log_steps": 1, "max_tokens": 128},
+        **{"track": ["none"], "preview": False, "cpu": True, "seed": 3},
+        **more,
+    }
+    return make_options(SFTOptions, values)
 
 
-def _losses(model, tokenizer, settings, examples=16):
-    train, _ = number_problems(examples, 1)
-    rows = render_all(train, tokenizer, 128)
-    reports = sft.train(Accelerator(), model, rows, sft.pad_token(tokenizer), settings)
-    return [report.loss for report in reports]
+def _trained(report):
+    return [entry["loss"] for entry in report.log if "loss" in entry]
 
 
-# ---------------------------------------------------------------- training
+def _eval_loss(model, tokenizer, files):
+    rows = render_all(read_examples([files / "held_out.jsonl"]), tokenizer, 128)
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids).logits
+        targets = labels[:, 1:]
+        total += torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="sum"
+        ).item()
+        count += int((targets != IGNORED_LABEL).sum())
+    return total / count
 
 
-def test_loading_turns_off_losses_that_lora_has_no_use_for(chat_checkpoint):
-    model, _ = sft.load_model(str(chat_checkpoint()), dtype="float32")
-    tokens = torch.arange(3, 19)[None]
-    output = model.train()(input_ids=tokens, labels=tokens)
-    assert output.mtp_loss is None
-    torch.testing.assert_close(output.loss, output.lm_loss)
-
-
-def test_loss_falls(chat_checkpoint):
-    model, tokenizer = sft.load_model(str(chat_checkpoint()), dtype="float32")
-    settings = sft.TrainSettings(steps=30, batch_size=16, learning_rate=1e-2)
-    losses = _losses(add_lora(model), tokenizer, settings)
-    assert len(losses) == 30
-    assert losses[-1] < 0.6 * losses[0]
-
-
-def test_same_seed_same_adapter(chat_checkpoint):
-    folder, results = chat_checkpoint(), []
-    for seed in (0, 0, 1):
-        sft.set_seed(seed)
-        model, tokenizer = sft.load_model(str(folder), dtype="float32")
-        results.append(_losses(add_lora(model), tokenizer, sft.TrainSettings(steps=3, batch_size=4, seed=seed)))
-    assert results[0] == results[1]
-    assert results[0] != results[2]
-
-
-def test_accumulated_step_equals_one_large_batch(chat_checkpoint):
-    """Although answers differ in length: the mean is over the tokens of the step."""
-    folder, adapters = chat_checkpoint(), []
-    for batch_size, accumulation_steps in ((16, 1), (4, 4)):
-        sft.set_seed(0)
-        model, tokenizer = sft.load_model(str(folder), dtype="float32")
-        model = add_lora(model)
-        settings = sft.TrainSettings(steps=2, batch_size=batch_size, accumulation_steps=accumulation_steps)
-        losses = _losses(model, tokenizer, settings)
-        adapters.append((losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}))
-    (large_losses, large), (small_losses, small) = adapters
-    assert small_losses == pytest.approx(large_losses, rel=1e-5)
-    for name in large:
-        # Adam's steps are of the size of the rate, whatever the gradient: only a part in a hundred of it may differ
-        torch.testing.assert_close(small[name], large[name], atol=1e-5, rtol=1e-4)
+# ---------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("steps", 0),
-        ("batch_size", 0),
-        ("accumulation_steps", 0),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("max_grad_norm", -1.0),
-        ("warmup_fraction", 1.5),
-        ("weight_decay", -0.1),
-    ],
+    ("family", "method"), [("v3", "lora"), slow("llama", "lora"), slow("v3", "esft"), slow("v3", "full")]
 )
-def test_settings_out_of_range_are_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field} is"):
-        sft.TrainSettings(**{"steps": 1, field: value})
+def test_a_run_leaves_a_result_that_loads_and_a_report(chat_checkpoint, files, family, method):
+    base = chat_checkpoint(family)
+    task_data = [str(files / "held_out.jsonl")]
+    more = {"track": ["tensorboard"], "task_data": task_data, "learning_rate": 1e-2, "esft_threshold": 0.3}
+    _, tokenizer, report = sft.run(_options(base, files, method=method, **(more if family == "v3" else {})))
+    output = files / "run"
+    assert report.after["loss"] < report.before["loss"]
+    assert report.before["perplexity"] == pytest.approx(math.exp(report.before["loss"]), rel=1e-6)
+
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(output / "final", trust_remote_code=True)
+    else:
+        model = load_result(load_model(str(base))[0], output / "final")
+    assert _eval_loss(model, tokenizer, files) == pytest.approx(report.after["loss"], rel=1e-4)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+    record = json.loads((output / "training.json").read_text())
+    assert record["after"] == report.after
+    page = (output / "report.html").read_text()
+    assert "Before and after" in page
+    assert page.count("data:image/png;base64,") == (1 if family == "llama" else 2)  # curves, expert load
+    assert page.count("<td>count") == 0
+    assert len(record["samples"]) == 5
+    assert all({"question", "reference", "before", "after"} == set(sample) for sample in record["samples"])
+    if family == "v3":
+        assert "accuracy" in report.after
+        assert list((output / "logs").glob("events.*"))
+        assert list(record["routing_before"]) == ["1", "2"]
+        assert sum(record["routing_after"]["1"]) == pytest.approx(1.0)
+        assert all(entry["expert_load"] >= 1 for entry in report.log if "loss" in entry)
+    if method == "esft":
+        assert (output / "final" / ESFT_CONFIG).is_file()
+
+
+@pytest.mark.slow
+def test_full_training_leaves_the_router_alone_unless_asked(chat_checkpoint, files):
+    base = chat_checkpoint()
+    plain, _ = load_model(str(base))
+    for output, more in (
+        ("frozen", {}),
+        ("trained", {"train_router": True, "router_bias_rate": 0.5, "balance_loss": 0.1}),
+    ):
+        model, _, report = sft.run(_options(base, files, output, method="full", eval_steps=4, **more))
+        before, after = plain.state_dict(), model.state_dict()
+        for part in (".gate.weight", ".e_score_correction_bias"):
+            names = [name for name in before if name.endswith(part) and "layers.3." not in name]
+            assert len(names) == 2
+            assert all(torch.equal(before[name], after[name]) == (output == "frozen") for name in names), part
+        assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+        assert any("aux_loss" in entry for entry in report.log) == (output == "trained")
+
+
+def test_command_line(chat_checkpoint, files, capsys):
+    config = {
+        "model": str(chat_checkpoint()),
+        "data": str(files / "train.jsonl"),
+        "eval_data": str(files / "held_out.jsonl"),
+    }
+    config |= {"steps": 2, "eval_steps": 2, "track": "none", "cpu": True, "targets": "attention", "max_tokens": 128}
+    (files / "sft.yaml").write_text(yaml.safe_dump(config))
+    assert sft.main(["--config", str(files / "sft.yaml"), "--output", str(files / "run"), "--rank", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "the loss counts the" in printed  # the preview
+    assert "attention" in printed
+    assert "48 examples to train on, 12 held out" in printed
+    data = str(files / "held_out.jsonl")
+    adapter = str(files / "run" / "final")
+    assert evaluate_main(["--model", config["model"], "--adapter", adapter, "--data", data]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 12
+
+
+# ---------------------------------------------------------------- losses
+
+
+def _trainer(model, tokenizer, rows, folder, batch_size=8, packing=False, max_length=96, **more):
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        packing=packing,
+        max_length=max_length,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+        **more,
+    )
+    data = Dataset.from_list(rows)
+    return trainers.DeepseekSFTTrainer(
+        model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+
+
+def _gradients(trainer):
+    """Gradients of one step over all of the training data."""
+    model = trainer.model.train()
+    batches = list(trainer.get_train_dataloader())
+    count = sum((batch["labels"][:, 1:] != IGNORED_LABEL).sum() for batch in batches)
+    trainer.current_gradient_accumulation_steps = len(batches)
+    loss = sum(trainer.compute_loss(model, batch, num_items_in_batch=count) for batch in batches)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("family", "mtp"), [("llama", 0.0), ("v2_lite", 0.0), ("v3", 0.0), ("v3", 0.3), ("nsa", 0.0)])
+def test_packed_loss_and_gradients_equal_unpacked(chat_checkpoint, tmp_path, family, mtp):
+    """Samples in one row do not see each other, in attention, in the loss and in multi-token prediction."""
+    base, results = chat_checkpoint(family, max_position_embeddings=512), []
+    for packing in (False, True):
+        model, tokenizer = load_model(str(base), "float32", mtp_loss=mtp)
+        rows = render_all(number_problems(16, 1)[0], tokenizer, 96)
+        trainer = _trainer(model, tokenizer, rows, tmp_path / "out", packing=packing)
+        if packing:
+            assert len(trainer.train_dataset) < len(rows) / 2
+        results.append(_gradients(trainer))
+    (loss, gradients), (packed_loss, packed) = results
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert gradients.keys() == packed.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            packed[name], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-8, rtol=1e-3, msg=name
+        )
+
+
+def test_own_losses_are_added_with_their_weights(chat_checkpoint, tmp_path):
+    losses = {}
+    base = chat_checkpoint()
+    for name, weights in (("plain", {}), ("mtp", {"mtp_loss": 0.5}), ("balance", {"balance_loss": 0.5})):
+        model, tokenizer = load_model(str(base), "float32", **weights)
+        rows = render_all(number_problems(6, 1)[0], tokenizer, 96)
+        trainer = _trainer(model, tokenizer, rows, tmp_path / "out")
+        assert trainers.has_own_losses(model) == bool(weights)
+        batch = next(iter(trainer.get_train_dataloader()))
+        losses[name] = trainer.compute_loss(model.train(), batch).item()
+        output = model(**batch)
+        assert losses[name] == pytest.approx(output.loss.item(), rel=1e-5)
+        extra = {"plain": 0.0, "mtp": output.mtp_loss, "balance": output.aux_loss}[name]
+        assert losses[name] == pytest.approx(output.lm_loss.item() + 0.5 * float(extra), rel=1e-5)
+    assert losses["plain"] < min(losses["mtp"], losses["balance"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [{}, {"mtp_loss": 0.3}])
+def test_accumulated_step_equals_one_large_batch(chat_checkpoint, files, own):
+    """Although answers differ in length: the mean is over the tokens of the step."""
+    base, results = chat_checkpoint(), []
+    for batch_size, accumulation_steps in ((8, 1), (2, 4)):
+        options = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, "steps": 2, **own}
+        _, _, report = sft.run(_options(base, files, f"run{batch_size}", **options))
+        results.append(_trained(report))
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+# ---------------------------------------------------------------- stopping and resuming
+
+
+class _Stop(run.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["lora", slow("esft")])
+def test_a_resumed_run_ends_exactly_as_an_uninterrupted_one(chat_checkpoint, files, method):
+    base = chat_checkpoint()
+    more = {"method": method, "steps": 6, "dropout": 0.1, "targets": ["attention", "shared"]}
+    whole, _, report = sft.run(_options(base, files, "whole", **more))
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(_options(base, files, "killed", **more), callbacks=(_Stop(5),))
+    assert trainers.last_checkpoint(files / "killed").name == "checkpoint-4"
+    shutil.rmtree(files / "killed" / "checkpoint-2")
+    resumed, _, resumed_report = sft.run(_options(base, files, "killed", resume=True, **more))
+    assert _trained(resumed_report) == _trained(report)
+    expected, actual = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_resuming_another_run_is_refused(chat_checkpoint, files):
+    base = chat_checkpoint()
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        sft.run(_options(base, files, resume=True))
+    sft.run(_options(base, files, steps=2))
+    with pytest.raises(ValueError, match="rank is 4 and the run began with 16"):
+        sft.run(_options(base, files, steps=2, resume=True, rank=4))
+    with pytest.raises(FileExistsError, match="is not empty"):
+        sft.run(_options(base, files))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), slow(KeyboardInterrupt())])
+def test_a_save_that_fails_leaves_the_last_checkpoint_whole(chat_checkpoint, files, monkeypatch, capsys, error):
+    base, saved = chat_checkpoint(), []
+
+    def failing(self, output_dir):
+        saved.append(output_dir)
+        if len(saved) == 2:  # the adapter of this checkpoint is already there, the optimizer is not
+            raise error
+        return original(self, output_dir)
+
+    original = trainers.DeepseekSFTTrainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(trainers.DeepseekSFTTrainer, "_save_optimizer_and_scheduler", failing)
+    options = _options(base, files)
+    arguments = ["--model", options.model, "--data", *options.data, "--eval-data", *options.eval_data]
+    arguments += ["--output", options.output, "--steps", "4", "--eval-steps", "2", "--max-tokens", "128", "--cpu"]
+    arguments += ["--track", "none", "--no-preview", "--batch-size", "4"]
+    assert sft.main(arguments) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    message = capsys.readouterr().err
+    assert "--resume" in message
+    if isinstance(error, OSError):
+        assert "checkpoint 4 could not be written" in message
+        assert "No space left" in message
+        assert "checkpoint-2 is whole" in message
+    output = files / "run"
+    assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-2"]
+    load_result(load_model(str(base))[0], output / "checkpoint-2")
+    assert sft.main([*arguments, "--resume"]) == 0
+    assert (output / "final").is_dir()
+
+
+@pytest.mark.slow
+def test_early_stopping_and_the_best_checkpoint(chat_checkpoint, files):
+    base = chat_checkpoint()
+    options = _options(base, files, steps=20, eval_steps=1, learning_rate=3.0, early_stopping=2, keep_checkpoints=1)
+    model, tokenizer, report = sft.run(options)  # a rate that ruins the model
+    steps = [entry["step"] for entry in report.log if "eval_loss" in entry]
+    assert steps[-1] < 20
+    assert (
+        report.after["step"]
+        == min(
+            (entry for entry in report.log if "eval_loss" in entry and entry["step"]),
+            key=lambda entry: entry["eval_loss"],
+        )["step"]
+    )
+    assert _eval_loss(model, tokenizer, files) == pytest.approx(report.after["loss"], rel=1e-4)
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def test_evaluation_is_the_same_for_any_batch_size_and_counts_exact_answers(chat_checkpoint):
-    model, tokenizer = sft.load_model(str(chat_checkpoint()), dtype="float32")
+def test_answers_are_the_same_for_any_batch_size_and_compared_as_asked(chat_checkpoint):
+    model, tokenizer = load_model(str(chat_checkpoint()), dtype="float32")
+    model.eval()
     examples, _ = number_problems(10, 1)
-    answers = sft.evaluate(Accelerator(), model, tokenizer, examples, batch_size=10)
-    single = sft.evaluate(Accelerator(), model, tokenizer, examples, batch_size=1)
+    answers = answer_all(model, tokenizer, examples, batch_size=10)
+    single = answer_all(model, tokenizer, examples, batch_size=1)
     assert [answer.example for answer in answers] == examples
     assert [answer.num_targets for answer in answers] == [answer.num_targets for answer in single]
     assert [answer.nll for answer in answers] == pytest.approx([answer.nll for answer in single], rel=1e-4)
 
-    # Make the model's own answers the references: now all are exact, unless decoding does not round-trip.
-    conversations = [[example["messages"][0]] for example in examples]
-    texts = sft.greedy_answers(model, tokenizer, conversations, max_new_tokens=1)
+    # Make the model's own answers the references: now all are exact.
+    texts = greedy_answers(model, tokenizer, [{"messages": example["messages"][:1]} for example in examples], 1)
     for example, text in zip(examples, texts, strict=True):
         example["messages"][-1]["content"] = text or "x"
-    for answer, text in zip(sft.evaluate(Accelerator(), model, tokenizer, examples), texts, strict=True):
-        assert answer.is_exact == (answer.text == (text or "x"))
-        assert answer.text.startswith(text)
-
-
-def test_score_averages_loss_over_tokens():
-    answers = [sft.Answer({}, "1", True, 2.0, 1), sft.Answer({}, "2", False, 4.0, 5)]
-    assert sft.score(answers) == sft.Score(loss=1.0, exact_match=0.5, examples=2)
+    for answer, text in zip(answer_all(model, tokenizer, examples), texts, strict=True):
+        assert answer.is_right == (answer.text == (text or "x"))
+    assert score(answers).examples == 10
     with pytest.raises(ValueError, match="no answers"):
-        sft.score([])
+        score([])
 
 
-# ---------------------------------------------------------------- command line
-
-
-@pytest.mark.parametrize("family", ["v3", "llama"])
-def test_command_line_writes_an_adapter_that_loads(chat_checkpoint, files, capsys, family):
-    model_dir, output = chat_checkpoint(family), files / "out" / "adapter"
-    more = ("--held-out", str(files / "held_out.jsonl"), "--steps", "4", "--learning-rate", "1e-2")
-    assert sft.main(_arguments(model_dir, files, *more)) == 0
-
-    printed = capsys.readouterr().out
-    assert "48 training examples (0 longer" in printed
-    report = json.loads((output / "training.json").read_text())
-    assert report["after"]["examples"] == 12
-    assert report["after"]["loss"] < report["before"]["loss"]
-    assert [path.name for path in output.parent.iterdir()] == ["adapter"]
-
-    base, tokenizer = sft.load_model(str(model_dir), dtype="auto")
-    model = PeftModel.from_pretrained(base, output)
-    answers = sft.evaluate(Accelerator(), model, tokenizer, sft.read_examples(files / "held_out.jsonl"))
-    assert sft.score(answers).loss == pytest.approx(report["after"]["loss"], rel=1e-5)
-
-
-def test_mtp_modules_are_trained_with_their_loss(chat_checkpoint, files):
-    more = ("--mtp-loss-weight", "0.3", "--epochs", "1", "--held-out-fraction", "0.3", "--targets", "attention")
-    assert sft.main(_arguments(chat_checkpoint(), files, *more)) == 0
-    assert "layers\\\\.(?:0|1|2|3)\\\\." in (files / "out" / "adapter" / "adapter_config.json").read_text()
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--held-out", "absent.jsonl"), "absent.jsonl does not exist"),
-        (("--held-out-fraction", "1"), "between 0 and 1"),
-        (("--epochs", "0"), "--epochs is 0"),
-        (("--steps", "0"), "steps is 0"),
-        (("--batch-size", "0"), "batch_size is 0"),
-        (("--rank", "0"), "rank is 0"),
-        (("--max-tokens", "3"), "raise --max-tokens"),
-        (("--dropout", "0.5"), "leave out 'routed'"),
+        ({"eval_data": ["absent.jsonl"]}, "absent.jsonl does not exist"),
+        ({"max_tokens": 3}, "raise max_tokens"),
+        ({"dropout": 0.5}, "leave out 'routed'"),
+        ({"method": "esft", "model": "llama"}, "has none; use lora or full"),
+        ({"targets": ["shared"], "model": "llama"}, "has nothing of that kind"),
+        ({"save_steps": 3}, "must be a multiple"),
+        ({"quantise": "nf4"}, "needs bitsandbytes and an accelerator"),
+        ({"model": "no-such-model"}, "no-such-model"),
+        ({"data": ["preferences.jsonl"]}, "finetune.dpo"),
     ],
 )
-def test_mistakes_are_explained_and_leave_nothing(chat_checkpoint, files, capsys, more, message):
-    assert sft.main(_arguments(chat_checkpoint(), files, *more)) == 2
-    assert message in capsys.readouterr().err
-    assert not (files / "out").exists()
-
-
-def test_existing_output_and_missing_model_are_refused(files, capsys):
-    (files / "out" / "adapter").mkdir(parents=True)
-    assert sft.main(_arguments("absent-model", files)) == 2
-    assert "exists; remove it" in capsys.readouterr().err
-    (files / "out" / "adapter").rmdir()
-    assert sft.main(_arguments(files / "absent-model", files)) == 2
-    assert "absent-model" in capsys.readouterr().err
-
-
-def test_failed_saving_leaves_nothing(files):
-    class Broken:
-        def save_pretrained(self, folder, **kwargs):
-            (folder / "half").write_text("x")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        sft.save_adapter(Broken(), files / "out" / "adapter", {})
-    assert list((files / "out").iterdir()) == []
-
-
-def test_options_are_stable():
-    options = {option for action in sft.build_parser()._actions for option in action.option_strings}
-    files = {"--model", "--data", "--held-out", "--held-out-fraction", "--output"}
-    adapter = {"--targets", "--rank", "--alpha", "--dropout", "--mtp-loss-weight", "--dtype"}
-    length = {"--epochs", "--steps", "--batch-size", "--accumulation-steps", "--max-tokens"}
-    recipe = {"--learning-rate", "--warmup-fraction", "--weight-decay", "--max-grad-norm", "--seed"}
-    assert options == {"-h", "--help"} | files | adapter | length | recipe
+def test_mistakes_are_explained_before_anything_is_written(chat_checkpoint, files, more, message, monkeypatch):
+    monkeypatch.chdir(files)
+    write_jsonl([{"prompt": "a", "chosen": "b", "rejected": "c"}], files / "preferences.jsonl")
+    family = more.pop("model", "v3")
+    base = family if family.startswith("no-") else chat_checkpoint(family)
+    with pytest.raises((ValueError, OSError), match=message):
+        sft.run(_options(base, files, **more))
+    assert not (files / "run").exists()
 
 
 def test_a_larger_tokenizer_than_vocabulary_is_an_error(checkpoint):
     folder = add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE - 8))
     with pytest.raises(ValueError, match=r"`vocab_size` is .*resize_token_embeddings"):
-        sft.load_model(str(folder))
+        load_model(str(folder))
+
+
+def test_int8_without_torchao_is_explained(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match="pip install torchao"):
+        quantisation_config("int8")
+
+
+@pytest.mark.slow
+def test_qlora_with_int8_weights(chat_checkpoint, files):
+    pytest.importorskip("torchao")
+    base = chat_checkpoint("llama", hidden_size=32)
+    model, _, report = sft.run(_options(base, files, quantise="int8", steps=6, dtype="float32"))
+    assert report.after["loss"] < report.before["loss"]
+    weights = [
+        m.base_layer.weight for n, m in model.named_modules() if n.endswith("q_proj") and hasattr(m, "base_layer")
+    ]
+    assert len(weights) == 3
+    assert all("Int8" in type(weight.data).__name__ or "Int8" in type(weight).__name__ for weight in weights)
+    assert AutoTokenizer.from_pretrained(files / "run" / "final").eos_token_id is not None
