@@ -54,8 +54,7 @@ class DeepseekTrainerMixin:
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._publish(staging / final.name, final)
+            self._publish(staging / final.name, final)
         except Exception as error:
             last = last_checkpoint(output)
             raise OSError(
@@ -71,8 +70,12 @@ class DeepseekTrainerMixin:
             rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _publish(self, staged: Path, final: Path):
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)  # transformers wrote down the name before the renaming
+        is_best = self.state.best_global_step == self.state.global_step
+        if is_best:
+            self.state.best_model_checkpoint = str(final)  # transformers noted the name before the renaming
+        if not self.args.should_save:
+            return
+        if is_best:
             self.state.save_to_json(str(staged / "trainer_state.json"))
         if final.exists():
             shutil.rmtree(final)

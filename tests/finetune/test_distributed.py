@@ -1,4 +1,4 @@
-"""Two processes that shard the model by FSDP2 learn what one process learns, with LoRA and in full."""
+"""Two processes learn what one process learns: sharded by FSDP2 with LoRA and in full, and with a model each."""
 
 import json
 
@@ -22,16 +22,22 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 WORKER = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, {root!r})
 from accelerate import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-state = PartialState(cpu=True)
-if state.num_processes > 1:
+if "ACCELERATE_USE_FSDP" in os.environ:
     # accelerate shards only where it believes in accelerators; on CPUs it would quietly take DistributedDataParallel
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    make_state = PartialState.__init__
+
+    def believe(self, *args, **kwargs):
+        make_state(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = believe
 
 from finetune import sft
 from finetune.config import SFTOptions, make_options
@@ -50,15 +56,16 @@ class Count(TrainerCallback):
 
 options = make_options(SFTOptions, json.loads(open({folder!r} + "/options.json").read()))
 _, _, report = sft.run(options, callbacks=(Count(),))
-if state.is_main_process:
+if PartialState().is_main_process:
     losses = [e["loss"] for e in report.log if "loss" in e]
     held_out = [e["eval_loss"] for e in report.log if "eval_loss" in e]
     with open(options.output + "/counts.json", "w") as file:
-        json.dump({{"losses": losses, "held_out": held_out, **counts}}, file)
+        accuracy = [e["eval_accuracy"] for e in report.log if "eval_accuracy" in e]
+        json.dump({{"losses": losses, "held_out": held_out, "accuracy": accuracy, **counts}}, file)
 """
 
 
-def _run(folder, base, processes, **more):
+def _run(folder, base, processes, environment, **more):
     output = folder / f"run{processes}"
     values = {
         "model": str(base),
@@ -72,20 +79,23 @@ def _run(folder, base, processes, **more):
     (folder / "options.json").write_text(json.dumps(values))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), folder=str(folder)))
     launch = ["--standalone", "--nproc-per-node", str(processes), str(folder / "worker.py")]
-    environment = FSDP2 if processes > 1 else {}
     run_python(f"from torch.distributed.run import main\nmain({launch!r})", timeout=280, **environment)
     return json.loads((output / "counts.json").read_text()), output
 
 
+def _prepare(checkpoint, folder):
+    train, held_out = number_problems(48, 16, kinds=["count"])
+    write_jsonl(train, folder / "train.jsonl")
+    write_jsonl(held_out, folder / "held_out.jsonl")
+    return add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE))
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_fsdp2_learns_what_one_process_learns(checkpoint, tmp_path, method):
-    base = add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE))
-    train, held_out = number_problems(48, 16, kinds=["count"])
-    write_jsonl(train, tmp_path / "train.jsonl")
-    write_jsonl(held_out, tmp_path / "held_out.jsonl")
+    base = _prepare(checkpoint, tmp_path)
     more = {"method": method, "learning_rate": 1e-2 if method == "lora" else 1e-3}
-    single, _ = _run(tmp_path, base, 1, **more)
-    sharded, output = _run(tmp_path, base, 2, **more)
+    single, _ = _run(tmp_path, base, 1, {}, **more)
+    sharded, output = _run(tmp_path, base, 2, FSDP2, **more)
     assert single["sharded"] == 0
     assert sharded["sharded"] == sharded["all"] > 50  # every parameter lies in two halves
     assert sharded["adapters"] == (2 * 28 if method == "lora" else 0)
@@ -97,3 +107,16 @@ def test_fsdp2_learns_what_one_process_learns(checkpoint, tmp_path, method):
         load_result(load_model(str(base))[0], output / "final")
     else:
         load_model(str(output / "final"))
+
+
+@pytest.mark.parametrize("method", ["lora", "esft"])
+def test_a_model_in_each_process_learns_what_one_process_learns(checkpoint, tmp_path, method):
+    base = _prepare(checkpoint, tmp_path)
+    more = {"method": method, "task_data": [str(tmp_path / "held_out.jsonl")], "esft_threshold": 0.4}
+    single, _ = _run(tmp_path, base, 1, {}, **more)
+    double, _ = _run(tmp_path, base, 2, {}, **more)
+    assert double["sharded"] == 0
+    assert double["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert double["held_out"] == pytest.approx(single["held_out"], rel=1e-4)
+    assert double["accuracy"] == single["accuracy"]
+    assert len(double["accuracy"]) == 3
