@@ -1,4 +1,4 @@
-"""GRPO raises the reward: a short SFT teaches the form of answers, then sampling and a verifiable reward the rest.
+"""GRPO with a verifiable reward: a short SFT teaches the form of answers, then sampled answers are rewarded.
 
     python -m benchmarks.grpo          # the checkpoint in this folder; writes results/grpo.json and grpo.png
 
@@ -23,8 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grpo", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of the model (default: this repository)")
-    parser.add_argument("--sft-steps", type=int, default=100, help="steps of 32 examples before GRPO (default 100)")
-    parser.add_argument("--steps", type=int, default=80, help="GRPO's optimizer steps (default 80)")
+    parser.add_argument("--sft-steps", type=int, default=60, help="steps of 32 examples before GRPO (default 60)")
+    parser.add_argument("--steps", type=int, default=60, help="GRPO's optimizer steps (default 60)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["largest", "smallest"], help="kinds of problems")
     parser.add_argument("--seed", type=int, default=0, help="of data and sampling (default 0)")
     return parser

@@ -149,17 +149,21 @@ class ChosenExperts(nn.Module):
         self.slices = nn.ParameterList(nn.Parameter(stack.data[expert]) for expert in experts)
 
     def forward(self, stack: torch.Tensor) -> torch.Tensor:
-        for expert, own in zip(self.experts, self.slices, strict=True):
-            if own.data_ptr() != stack[expert].data_ptr():
-                raise RuntimeError(
-                    "the chosen experts no longer share memory with their layer: the model was moved or sharded after "
-                    "train_only_experts; move it first. FSDP and ZeRO-3 do not go with ESFT, DistributedDataParallel does"
-                )
+        self.tie(stack)
         return _SliceGradients.apply(self.experts, stack, *self.slices)
+
+    @torch.no_grad()
+    def tie(self, stack: torch.Tensor):
+        """Make the parameters share the stack's memory again where a move to another device or dtype has copied them."""
+        for expert, own in zip(self.experts, self.slices, strict=True):
+            place = stack.data[expert]
+            if own.data_ptr() != place.data_ptr():
+                place.copy_(own.data)
+                own.data = place
 
 
 def train_only_experts(model: nn.Module, chosen: dict[int, list[int]]) -> None:
-    """Freeze `model` except for the chosen experts. Put it on its device first.
+    """Freeze `model` except for the chosen experts.
 
     Raises:
         ValueError: a layer or an expert is not there.
@@ -183,6 +187,7 @@ def finish_expert_training(model: nn.Module) -> None:
         for name in STACKS:
             if parametrize.is_parametrized(experts, name):
                 stack = experts.parametrizations[name].original
+                experts.parametrizations[name][0].tie(stack)
                 parametrize.remove_parametrizations(experts, name, leave_parametrized=False)
                 stack.requires_grad_(True)
 
@@ -267,10 +272,10 @@ def _place(experts: nn.Module | None, expert: int, part: str) -> torch.Tensor | 
     if experts is None or expert >= experts.num_experts:
         return None
     name = "down_proj" if part == "down_proj" else "gate_up_proj"
-    stack = (
-        experts.parametrizations[name].original
-        if parametrize.is_parametrized(experts, name)
-        else getattr(experts, name)
-    )
+    if parametrize.is_parametrized(experts, name):
+        stack = experts.parametrizations[name].original
+        experts.parametrizations[name][0].tie(stack)
+    else:
+        stack = getattr(experts, name)
     matrix = stack.data[expert]
     return matrix if name == "down_proj" else matrix.chunk(2)[part == "up_proj"]

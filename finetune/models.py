@@ -37,7 +37,7 @@ def load_model(
     """
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name that no repository can have is a ValueError
         raise OSError(f"model {model_dir!r} cannot be loaded: {error}") from error
     config.mtp_loss_weight = mtp_loss
     config.aux_loss_alpha = balance_loss

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from accelerate.utils import set_seed
+from datasets import disable_progress_bars
 from rich.console import Console
 from torch import nn
 from transformers import (
@@ -104,8 +105,6 @@ def fine_tune(
         options.model, options.dtype, options.quantise, options.attention, task.balance_loss, task.mtp_loss
     )
     train_data, eval_data = task.dataset(examples, tokenizer), task.dataset(held_out, tokenizer)
-    if options.method == "esft":
-        model.to(arguments.device)  # chosen experts share their layer's memory, which must not move later
 
     def routing_on(some: list[dict]):
         rows = render_all([_as_chat(example) for example in some], tokenizer, options.max_tokens)
@@ -126,6 +125,12 @@ def fine_tune(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.options, trainer.task_examples = options, task_examples
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if options.method == "esft" and not whole:
+        raise ValueError(
+            "method is 'esft', whose experts share memory with their layer, which FSDP and DeepSpeed cut up; launch it "
+            "with DistributedDataParallel (configs/accelerate/ddp.yaml)"
+        )
     if peft_config is not None:
         check_adapters(trainer.model, options.targets, bool(task.mtp_loss))
         trained = describe_adapters(trainer.model) + "\n" + describe_trainable(trainer.model)
@@ -134,7 +139,6 @@ def fine_tune(
 
     report = Report(options=asdict(options), trained=trained)
     # A sharded model lives only inside the trainer's loop, so the extra looks at it are for the others.
-    whole = trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if whole:
         report.routing_before = routing_on(held_out[:_ROUTING_ROWS])
         report.samples = _samples(trainer, task_examples or held_out, "before", [])
@@ -167,6 +171,7 @@ def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")  # to each other
     try:
         options = read_options(schema, argv, prog)
+        disable_progress_bars()  # of the data's preparation, one a step of it
         run(options)
     except KeyboardInterrupt:
         print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)

@@ -38,5 +38,5 @@ def test_demo_runs(checkpoint, family):
 def test_missing_model_is_explained(tmp_path):
     result = _run("--model", str(tmp_path / "absent"))
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert "absent" in result.stderr
+    # the last line: an optional library may have warned about itself before it
+    assert any(line.startswith("error: ") and "absent" in line for line in result.stderr.splitlines())
