@@ -20,7 +20,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer, TrainerCallback
 from transformers.utils import logging
 
-from finetune import sft
 from finetune.config import SFTOptions
 from finetune.data import pad_token, write_jsonl
 from finetune.evaluate import Answer, answer_all, score
@@ -201,6 +200,11 @@ def learn(
     held_out: int,
 ) -> None:
     """Fine-tune with LoRA on number problems and compare answers to problems that were not in training."""
+    from datasets import disable_progress_bars
+
+    from finetune import sft  # TRL takes seconds to import, in which the model can already write
+
+    disable_progress_bars()  # of the data's preparation
     train, asked = number_problems(steps * BATCH_SIZE, held_out, seed, KINDS)
     before = answer_all(model.eval(), tokenizer, asked)
     with tempfile.TemporaryDirectory() as folder:
