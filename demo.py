@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         console.rule(f"It writes {language}")
         write(console, model, tokenizer, prompt, max_new_tokens=8 if args.quick else 80)
     console.rule("It learns number problems in two languages (LoRA)")
-    steps, held_out = (5, 24) if args.quick else (400, 240)
+    steps, held_out = (5, 24) if args.quick else (300, 240)
     learn(console, args.model, model, tokenizer, steps, args.seed, held_out)
     console.rule(f"{time.perf_counter() - started:.0f} seconds in all")
     return 0

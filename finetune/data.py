@@ -330,7 +330,9 @@ def question_and_answer(example: dict) -> tuple[dict, str]:
     if "completion" in example:
         return {"prompt": example["prompt"]}, example["completion"].strip()
     if "messages" in example:
-        asked = {key: example[key] for key in ("tools",) if key in example}
+        asked = {"tools": example["tools"]} if "tools" in example else {}
+        if template_arguments(example):
+            asked["thinking"] = True
         return {"messages": example["messages"][:-1], **asked}, example["messages"][-1]["content"].strip()
     raise ValueError(f"an example with the keys {sorted(example)} has no question and answer")
 
@@ -399,6 +401,12 @@ def template_messages(example: dict, tokenizer: PreTrainedTokenizerBase) -> list
     return moved
 
 
+def template_arguments(example: dict) -> dict[str, bool]:
+    """What the template is told besides the messages: `thinking` where the last answer has reasoning, as V3.1's wants it."""
+    thinks = example.get("thinking") or "reasoning_content" in example["messages"][-1]
+    return {"thinking": True} if thinks else {}
+
+
 def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Tokens and labels of an example; what the loss does not count has the label -100.
 
@@ -419,7 +427,12 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
     messages = template_messages(example, tokenizer)
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tools=example.get("tools"), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tools=example.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **template_arguments(example),
         )
     except Exception as error:  # jinja's own, raised by templates for roles and orders they do not know
         raise ValueError(f"the chat template refuses an example: {error}") from error
@@ -428,6 +441,11 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
     if all(label == IGNORED_LABEL for label in labels):
         raise ValueError(
             "the chat template marks no token of an example as the assistant's; see its generation markers"
+        )
+    reasoning = example["messages"][-1].get("reasoning_content", "").strip()
+    if reasoning not in tokenizer.decode(ids):
+        raise ValueError(
+            "the chat template leaves out the last answer's reasoning; put it into the content, in <think> tags"
         )
     return {"input_ids": ids, "labels": labels}
 
@@ -467,6 +485,7 @@ def prompt_ids(question: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
+        **template_arguments(question),
     )["input_ids"]
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig
 
 from finetune.config import DPOOptions
-from finetune.data import template_messages
+from finetune.data import template_arguments, template_messages
 from finetune.run import Task, command, fine_tune
 from finetune.trainers import DeepseekDPOTrainer
 
@@ -28,15 +28,16 @@ def run(options: DPOOptions, callbacks: tuple[TrainerCallback, ...] = ()):
             raise ValueError(
                 "the data hold examples without `chosen` and `rejected`; `python -m finetune.sft` learns from those"
             )
-        return Dataset.from_list(
-            [
-                {
-                    key: template_messages({"messages": example[key]}, tokenizer)
-                    for key in ("prompt", "chosen", "rejected")
-                }
-                for example in examples
-            ]
-        )
+        rows = []
+        for example in examples:
+            row = {
+                key: template_messages({"messages": example[key]}, tokenizer)
+                for key in ("prompt", "chosen", "rejected")
+            }
+            # of each row, since the template writes reasoning only where it is told that there is some
+            thinking = bool(template_arguments({"messages": example["chosen"]}))
+            rows.append({**row, "chat_template_kwargs": {"thinking": thinking}})
+        return Dataset.from_list(rows)
 
     task = Task(
         trainer_class=DeepseekDPOTrainer,

@@ -252,6 +252,20 @@ def test_reasoning_goes_into_the_content_of_templates_without_a_place_for_it(tok
         data.render({"messages": messages, "tools": [TOOL]}, tokenizer)
 
 
+def test_reasoning_is_learned_by_our_own_template_and_opens_the_answer(tokenizer):
+    messages = [*_chat(("user", "1 + 1?")), {"role": "assistant", "content": "2", "reasoning_content": "easy"}]
+    row = data.render({"messages": messages}, tokenizer)
+    assert "easy</think>2" in _learned(row, tokenizer)
+    question, answer = data.question_and_answer({"messages": messages})
+    prompt = data.prompt_ids(question, tokenizer)
+    assert answer == "2"
+    assert tokenizer.decode(prompt).endswith("<think>")
+    assert row["input_ids"][: len(prompt)] == prompt
+    tokenizer.chat_template = tokenizer.chat_template.replace("reasoning_content", "reasoning_content_of_another")
+    with pytest.raises(ValueError, match="leaves out the last answer's reasoning"):
+        data.render({"messages": messages}, tokenizer)
+
+
 def test_templates_without_markers_are_refused(tokenizer):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="endgeneration"):
