@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .dsa_kernels_deepseek import attend_chosen_latents, index_scores as triton_index_scores
 from .layers_deepseek import apply_rotary
+from .nsa_kernels_deepseek import kernels_run_on
 
 _INDEX_BYTES = 16 * 2**20  # products of the indexer held at once
 _LATENT_BYTES = 64 * 2**20  # latents gathered at once
@@ -153,10 +155,11 @@ class LightningIndexer(nn.Module):
         query, weights = states.query[:, queries], states.weights[:, queries]
         best = torch.empty(*query.shape[:2], 0, device=key.device)
         chosen = torch.empty(*query.shape[:2], 0, dtype=torch.int64, device=key.device)
+        score = triton_index_scores if kernels_run_on(key) else index_scores
         block = max(self.topk, _INDEX_BYTES // (4 * query[..., 0].numel()))
         for start in range(0, end, block):
             keys = slice(start, min(start + block, end))
-            scores = index_scores(query, weights, key[:, keys])  # [B, C, n]
+            scores = score(query, weights, key[:, keys])  # [B, C, n]
             scores.masked_fill_(~visible.mask(queries, keys, length, key.device), float("-inf"))
             slots = torch.arange(keys.start, keys.stop, device=key.device).expand_as(scores)
             scores, slots = torch.cat((best, scores), dim=-1), torch.cat((chosen, slots), dim=-1)
@@ -286,6 +289,8 @@ def _attend_chosen(
     q_nope, q_rope, latent, k_rope, up_projections, index_query, index_weights, index_key, seen, chosen, learns
 ):
     """One chunk of `selected_latent_attention` -> [B, C, H, Dv], summed index loss; chosen None: all tokens"""
+    if chosen is not None and not learns and not torch.is_grad_enabled() and kernels_run_on(latent):
+        return attend_chosen_latents(q_nope, q_rope, latent, k_rope, up_projections, chosen), None
     if chosen is not None:
         latent, k_rope = gather_tokens(latent, chosen), gather_tokens(k_rope, chosen)
     output, probs = attend_latents(q_nope, q_rope, latent, k_rope, up_projections, seen)

@@ -39,6 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_deepseek import GrowingLayer, IndexedLayer, NSACacheLayer, use_growing_layers
 from .configuration_deepseek import DeepseekConfig
 from .dsa_deepseek import LightningIndexer, VisibleTokens, find_visible_tokens, selected_latent_attention
+from .dsa_kernels_deepseek import index_scores  # noqa: F401  older loaders copy only what this file names
 from .generation_deepseek import DeepseekGenerationMixin
 from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, apply_rotary, yarn_softmax_factor
 from .loading_deepseek import (
@@ -54,6 +55,7 @@ from .loading_deepseek import (
 )
 from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
 from .nsa_deepseek import BlockCompressor, DeepseekNSA, find_documents
+from .nsa_kernels_deepseek import kernels_run_on  # noqa: F401  as above
 from .prefix_deepseek import Prefix  # noqa: F401 (older loaders copy only what this file names)
 
 logger = logging.get_logger(__name__)

@@ -19,6 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers_deepseek import apply_rotary
+from .nsa_kernels_deepseek import (
+    attend_gathered as triton_attend_gathered,
+    compressed_attention as triton_compressed_attention,
+    kernels_run_on,
+    selected_attention as triton_selected_attention,
+    window_attention as triton_window_attention,
+)
 
 _SCORE_BYTES = 8 * 2**20  # scores of a tile of queries, of a few times a CPU's second-level cache
 _MAX_TILE = 512  # queries of a tile
@@ -470,6 +477,11 @@ def selected_attention(
 # ---------------------------------------------------------------------------------------------------------------
 
 
+# The branches, on a GPU by kernels. Same arguments, same results.
+_PYTORCH = compressed_attention, selected_attention, window_attention
+_TRITON = triton_compressed_attention, triton_selected_attention, triton_window_attention
+
+
 class NSAStates(NamedTuple):
     """What queries attend to. Keys are rotated, those of `compressed` by the position of their block's first token."""
 
@@ -498,6 +510,7 @@ def attend_sequence(
     past, past_in_window = selected[0].shape[1] - length, windowed[0].shape[1] - length
     # Without a gradient nothing needs the branches as a whole; pieces are small enough to use the same memory again.
     chunk = length if torch.is_grad_enabled() else max(1, _CHUNK_BYTES // (query[:, :, 0].numel() * 4))
+    attend_compressed, attend_selected, attend_window = _TRITON if kernels_run_on(query) else _PYTORCH
     outputs = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
@@ -506,15 +519,13 @@ def attend_sequence(
             for x in (query, gates)
         )  # [N, C, G, D], [N, C, G, 3]
         first, entries = past + start, sizes.num_compressed(past + stop)
-        from_compressed, blocks = compressed_attention(
+        from_compressed, blocks = attend_compressed(
             queries, *(x[:, :entries] for x in compressed), scaling, first, sizes
         )
-        from_selected = selected_attention(
+        from_selected = attend_selected(
             queries, *(x[:, : past + stop] for x in selected), blocks, scaling, first, sizes.select_block
         )
-        from_window = window_attention(
-            queries, *(x[:, : past_in_window + stop] for x in windowed), scaling, sizes.window
-        )
+        from_window = attend_window(queries, *(x[:, : past_in_window + stop] for x in windowed), scaling, sizes.window)
         output = sum(
             branch * weight
             for branch, weight in zip(
@@ -545,6 +556,8 @@ def attend_gathered(
     Returns:
         [B, H, S, D].
     """
+    if kernels_run_on(query):
+        return triton_attend_gathered(query, states, starts, gates, scaling, sizes)
     batch, _, length, _ = query.shape
     num_key_value_heads, num_slots = states.selected[0].shape[1:3]
     queries = query.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)  # [N, S, G, D]
