@@ -508,8 +508,9 @@ def attend_sequence(
     group = heads // num_key_value_heads
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
     past, past_in_window = selected[0].shape[1] - length, windowed[0].shape[1] - length
-    # Without a gradient nothing needs the branches as a whole; pieces are small enough to use the same memory again.
-    chunk = length if torch.is_grad_enabled() else max(1, _CHUNK_BYTES // (query[:, :, 0].numel() * 4))
+    # On a CPU without a gradient nothing needs the branches as a whole, and small pieces use the same memory again.
+    whole = torch.is_grad_enabled() or query.device.type != "cpu"
+    chunk = length if whole else max(1, _CHUNK_BYTES // (query[:, :, 0].numel() * 4))
     attend_compressed, attend_selected, attend_window = _TRITON if kernels_run_on(query) else _PYTORCH
     outputs = []
     for start in range(0, length, chunk):
