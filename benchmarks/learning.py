@@ -8,7 +8,7 @@
 
 DATA is a folder written by `python -m pretrain.data`; rows are half of each of two languages, and so on. Each finished
 training is kept in --work and not repeated, so that a stopped run goes on. Writes benchmarks/results/learning_NAME.json
-and .png. The sizes are such that selection selects: a query of the last row reads 192 of 1,024 tokens.
+and .png. The sizes are such that selection selects: a query at the end of a row reads 64 of 512 tokens.
 
 "full" and "window" are the same grouped-query model; "window" has a mask that hides all but the last `nsa_window_size`
 tokens in every layer. NSA has its widths, and more parameters: keys and values of three branches, compressors, gates.
@@ -35,13 +35,13 @@ from pretrain.data import INDEX_NAME, PretrainingData, batch_of, load_held_out
 from tools import add_indexer, upcycle_nsa
 
 NSA_SIZES = {
-    "nsa_compress_block_size": 16,
-    "nsa_compress_stride": 8,
-    "nsa_select_block_size": 16,
-    "nsa_num_select_blocks": 8,
+    "nsa_compress_block_size": 8,
+    "nsa_compress_stride": 4,
+    "nsa_select_block_size": 8,
+    "nsa_num_select_blocks": 6,
     "nsa_num_init_blocks": 1,
     "nsa_num_local_blocks": 2,
-    "nsa_window_size": 64,
+    "nsa_window_size": 16,
 }
 WINDOW, LAYERS = NSA_SIZES["nsa_window_size"], 2
 REACH = LAYERS * (WINDOW - 1)  # tokens back from which anything can come through windows alone
@@ -77,10 +77,10 @@ KINDS = {
         "max_position_embeddings": 2048,
     },
 }
-TEXT_TOKENS, TEXT_ROWS, HELD_OUT_TOKENS = 1024, 2, 16384  # of a row, rows of a batch, held-out tokens of each language
-NUM_PASSKEYS = 8
-PASSKEY_STAGES = ((64, 32, 100), (256, 8, 100), (1024, 4, 100))  # tokens of a row, rows of a batch, steps
-PASSKEY_LENGTHS, PASSKEY_ROWS, DEPTHS = (256, 512, 1024), 32, 8  # of the last measurement; depths are eighths
+TEXT_TOKENS, TEXT_ROWS, HELD_OUT_TOKENS = 512, 4, 16384  # of a row, rows of a batch, held-out tokens of each language
+NUM_PASSKEYS = 6
+PASSKEY_STAGES = ((64, 24, 150), (128, 12, 50), (256, 6, 50), (512, 3, 50))  # tokens of a row, rows of a batch, steps
+PASSKEY_LENGTHS, PASSKEY_ROWS, DEPTHS = (128, 256, 512), 32, 8  # of the last measurement; depths are eighths
 COLOURS = {"full": "C0", "nsa": "C2", "window": "C3", "chance": "0.6"}
 
 
@@ -132,7 +132,7 @@ def train(
     title: str,
     warmup: int = 20,
 ) -> list[dict]:
-    """AdamW with a linear warm-up and a linear decay to a tenth; a curve of what `measure` says every few steps.
+    """AdamW with a linear warm-up and, in the second half, a linear decay; a curve of what `measure` says every few steps.
 
     Args:
         loss_of: step (from 0) -> the loss of its batch.
@@ -143,7 +143,7 @@ def train(
     curve = [{"step": 0} | measure()]
     for step in (bar := trange(steps, desc=title, mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / (warmup or 1)) * (1 - 0.9 * step / steps)
+            group["lr"] = learning_rate * min(1.0, (step + 1) / (warmup or 1)) * min(1.0, 2.0 - 1.8 * step / steps)
         loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -335,7 +335,7 @@ def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, title: st
     def measure() -> dict:
         return {"accuracy": round(passkey_hits(model, kind, longest).float().mean().item(), 4)}
 
-    rate, every = options.get("learning_rate", 3e-3), options.get("every", 20)
+    rate, every = options.get("learning_rate", 6e-3), options.get("every", 20)
     return train(model, len(schedule), rate, loss_of, measure, every, title)
 
 
@@ -494,7 +494,7 @@ def dsa(arguments) -> dict:
     dense_run = passkey_run(arguments, "mla", 0)
     source = arguments.work / "passkey_mla_0"
     rows = open_rows(arguments.data, DSA_TOKENS, DSA_ROWS, seed=1)
-    batch = passkey_eval_batch(arguments.data, DSA_TOKENS, 16)
+    batch = passkey_eval_batch(arguments.data, DSA_TOKENS, 8)
 
     def continue_training(
         model, steps: int, rate: float, title: str, indexed: bool = True, first: int = 0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-NUM_KEYS, NUM_VALUES = 8, 16
+NUM_KEYS = NUM_VALUES = 8
 
 
 class RecallBatch(NamedTuple):
