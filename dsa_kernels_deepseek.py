@@ -18,6 +18,7 @@ from .nsa_kernels_deepseek import (
     finish,
     kernel,
     load_tile,
+    on_its_gpu,
     padded_width,
     power_of_two,
     product,
@@ -57,12 +58,13 @@ def _index_scores(
         tl.store(scores + (batch * num_queries + place) * num_keys + tokens, result, mask=tokens < num_keys)
 
 
+@on_its_gpu
 def index_scores(query: torch.Tensor, weights: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """query [B, C, H, D], weights float32 [B, C, H], key [B, T, D] -> float32 [B, C, T]; no gradient"""
     query, weights, key = query.contiguous(), weights.contiguous(), dense_rows(key)
     batch, length, heads, width = query.shape
     num_keys = key.shape[1]
-    scores = torch.empty(batch, length, num_keys, device=query.device)
+    scores = torch.empty(batch, length, num_keys, dtype=torch.float32, device=query.device)
     _index_scores[triton.cdiv(num_keys, _INDEX_KEYS), triton.cdiv(length, _INDEX_QUERIES), batch](
         *(query, weights, key, scores, length, num_keys, *key.stride()[:2], heads, width, padded_width(key)),
         *(power_of_two(heads, least=16), _INDEX_QUERIES, _INDEX_KEYS),
@@ -99,6 +101,7 @@ def _selected_latents(
     store_tile(output, rows, exists, mixed, WIDTH, PADDED)
 
 
+@on_its_gpu
 def attend_chosen_latents(
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,

@@ -19,6 +19,8 @@ Compiled by Triton for compute capabilities 8.0 and 9.0. Run and timed on no GPU
 
 from __future__ import annotations  # kernels' annotations name `tl`, which is None without Triton
 
+import functools
+
 import torch
 
 try:
@@ -36,6 +38,17 @@ _UNBOUNDED = 2**30  # a window longer than any sequence
 def kernels_run_on(states: torch.Tensor) -> bool:
     """Whether the functions below can take this tensor: Triton is there and the tensor on a GPU."""
     return triton is not None and states.is_cuda
+
+
+def on_its_gpu(function):
+    """Makes the first argument's GPU the current one for the call: Triton launches there, wherever tensors lie."""
+
+    @functools.wraps(function)
+    def run(states: torch.Tensor, *arguments):
+        with torch.cuda.device_of(states):
+            return function(states, *arguments)
+
+    return run
 
 
 def kernel(function):
@@ -350,7 +363,7 @@ def _choose_blocks(query, key, log_sum_exp, first, scaling, num_blocks, sizes) -
     chosen = torch.full((streams, length, sizes.num_select), -1, device=query.device)
     for start in range(0, length, part):
         size = min(part, length - start)
-        scores = torch.empty(streams, size, num_blocks, device=query.device)
+        scores = torch.empty(streams, size, num_blocks, dtype=torch.float32, device=query.device)
         grid = (triton.cdiv(size, queries), triton.cdiv(num_blocks, tile), streams)
         _block_scores[grid](
             *(query, key, log_sum_exp, first, scores, length, start, size, key.shape[1], num_blocks),
@@ -561,6 +574,7 @@ def _queries_of_blocks(blocks: torch.Tensor, num_blocks: int) -> tuple[torch.Ten
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@on_its_gpu
 def compressed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, first_position: int, sizes
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -588,6 +602,7 @@ def _attend_compressed(query, key, value, first, scaling, num_blocks, sizes):
     return output, blocks
 
 
+@on_its_gpu
 def selected_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -611,6 +626,7 @@ def selected_attention(
     return _SelectedAttention.apply(query, key, value, blocks, first, torch.zeros_like(first), scaling, select_block)
 
 
+@on_its_gpu
 def window_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int
 ) -> torch.Tensor:
@@ -633,6 +649,7 @@ def _attend_window(query, key, value, begin, scaling, window):
     return _BandAttention.apply(query, key, value, first, begin, scaling, (1, 1, window))[0]
 
 
+@on_its_gpu
 def attend_gathered(
     query: torch.Tensor, states, starts: torch.Tensor | None, gates: torch.Tensor, scaling: float, sizes
 ) -> torch.Tensor:
