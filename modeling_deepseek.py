@@ -256,7 +256,9 @@ class DeepseekMLA(nn.Module):
                 index_key = past_key_values.update_indexer(index_key, self.layer_idx)  # [B, T, index_head_dim]
 
         index_loss = None
-        if isinstance(attention_mask, VisibleTokens):
+        if "cache" in kwargs:
+            output, probs = self._paged(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
+        elif isinstance(attention_mask, VisibleTokens):
             weight = self._kv_b_weight(latent, cache_layer)
             index = self.indexer, index_states, index_key
             output, index_loss = self._selected(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, *index)
@@ -352,6 +354,26 @@ class DeepseekMLA(nn.Module):
             output = output * decay + (probs.to(value.dtype) @ value).float()
             maximum = new_maximum
         return (output / total).to(q_nope.dtype).transpose(1, 2), None  # [B, S, H, Dv]
+
+    def _paged(self, q_nope, q_rope, latent, k_rope, attention_mask, cache, **kwargs):
+        """Attention of S new tokens of many texts, each to its own past in transformers' paged cache, which lies
+        behind the attention interface and has pages of equal keys and values: they get half a latent each.
+        -> [B, S, H, Dv], probabilities or None"""
+        if attention_mask is None:
+            raise ValueError(
+                f"`attn_implementation` is {self.config._attn_implementation!r}, which makes no masks, but continuous "
+                "batching of latents needs one: load with attn_implementation='sdpa' and set "
+                "`auto_switch_to_flash=False` in the ContinuousBatchingConfig."
+            )
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        entry = F.pad(torch.cat((latent, k_rope), dim=-1), (0, width % 2))  # [1, 1, S, C + Dr], even
+        halves = cache.update(*entry.chunk(2, dim=-1), self.layer_idx, kwargs)
+        entries = torch.cat(halves, dim=-1)  # [1, 1, T, C + Dr]; T counts the tokens of all texts
+        latent, k_rope = entries[..., :width].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        if q_nope.shape[2] <= self.max_absorbed_tokens:
+            weight = self._kv_b_weight(latent, cache_layer=None)
+            return self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask, weight)
+        return self._blockwise(q_nope, q_rope, latent, k_rope, attention_mask)
 
     def _selected(self, q_nope, q_rope, latent, k_rope, visible, kv_b_weight, indexer, index_states, index_key):
         """Attention to selected latents [B, 1, T, C] and keys [B, 1, T, Dr] -> [B, S, H, Dv], index loss or None"""
@@ -936,6 +958,46 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
                 return attention_mask
             config = _plain_mask_config(config)
         return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers; its paged cache then holds MLA's latents, kv_lora_rank + qk_rope_head_dim numbers a token.
+
+        Raises:
+            ValueError: the attention is sparse (NSA, or MLA with an indexer), which needs more than keys and values.
+        """
+        config = self.config
+        if config.attention_kind == "nsa" or config.index_topk is not None:
+            raise ValueError(
+                "transformers' paged cache has room for keys and values only, but sparse attention "
+                f"(`model_type` {config.checkpoint_model_type!r}) keeps more; use `generate`, or serve without "
+                "--continuous-batching."
+            )
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if config.attention_kind == "mla":
+            create = manager._create_batch_processor
+
+            def create_for_latents():
+                manager.model = _PagedView(self)
+                try:
+                    return create()
+                finally:
+                    manager.model = self
+
+            manager._create_batch_processor = create_for_latents
+        return manager
+
+
+class _PagedView:
+    """An MLA model as its paged cache is to see it: with one key/value head, key and value half a latent each."""
+
+    def __init__(self, model: DeepseekForCausalLM):
+        self._model = model
+        self.config = copy.copy(model.config)
+        self.config.num_key_value_heads = 1
+        self.config.head_dim = (model.config.kv_lora_rank + model.config.qk_rope_head_dim + 1) // 2
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
 
 
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
