@@ -193,11 +193,19 @@ def test_a_failing_model_leaves_the_chat_usable(make_chat, monkeypatch):
     assert chat.stats.new_tokens > 0
 
 
-def test_a_full_context_is_refused_with_a_remedy(make_chat):
-    chat = make_chat(max_position_embeddings=64)
+def test_a_full_context_is_refused_with_a_remedy(make_chat, monkeypatch):
+    chat = make_chat(max_position_embeddings=96)
+    (letter,) = chat.tokenizer("a", add_special_tokens=False)["input_ids"]
+
+    def write_letters(ids, limit, tokens, stop):
+        for _ in range(limit):
+            tokens.put(letter)
+        return [letter] * limit
+
+    monkeypatch.setattr(chat, "_prefill_and_generate", write_letters)
     shown = talk(chat, "word " * 200)
     assert "/drop" in shown
-    assert "64" in shown
+    assert "96" in shown
     assert chat.messages == []
     talk(chat, "word " * 5, "/tokens 1000", "a")
     assert chat.stats.ended == "the context is full"
