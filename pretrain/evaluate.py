@@ -81,6 +81,49 @@ def evaluate_model(
 
 
 @torch.no_grad()
+def load_and_drafts(
+    model: PreTrainedModel, held_out: dict[str, HeldOut], bos_token_id: int, batch_rows: int, device: torch.device
+) -> tuple[dict[int, float], float | None]:
+    """How evenly experts are visited over all held-out text, and how often the first prediction module guesses right.
+
+    A guess is right if it is the token that the model itself finds most probable there, which is when greedy generation
+    accepts a draft. The text is given, not generated.
+
+    Returns:
+        visits of the busiest expert over the mean, by number of the layer, prediction modules included, empty without
+        experts; and the share of right guesses, None without prediction modules.
+    """
+    visits, hooks = {}, []
+    for index, layer in enumerate(model.model.layers):
+        for router in (module for module in layer.modules() if type(module).__name__ == "DeepseekRouter"):
+
+            def count(router, arguments, output, index=index):
+                experts = torch.bincount(output[2].flatten(), minlength=output[0].shape[-1])
+                visits[index] = visits.get(index, 0) + experts
+
+            hooks.append(router.register_forward_hook(count))
+    has_drafts = model.config.num_nextn_predict_layers > 0
+    right = total = 0
+    for text in held_out.values():
+        for windows in text.windows.split(batch_rows):
+            batch = batch_of(windows.to(device), bos_token_id)
+            places = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+            hidden = model.model(**places, use_cache=False).last_hidden_state  # [B, S, hidden_size]
+            if not has_drafts:
+                continue
+            further = model.model.predict_further(hidden, **places)[0][0]  # [B, S, hidden_size]
+            head = model.model.layers[model.config.num_hidden_layers].shared_head
+            guesses = model.lm_head(head(further)).argmax(dim=-1)[:, :-2]  # [B, S - 2], of the token two places on
+            chosen = model.lm_head(hidden).argmax(dim=-1)[:, 1:-1]
+            known = (batch["labels"] != IGNORED_LABEL)[:, 1:].unfold(1, 2, 1).all(dim=-1)  # both in the same document
+            right, total = right + ((guesses == chosen) & known).sum().item(), total + known.sum().item()
+    for hook in hooks:
+        hook.remove()
+    loads = {index: (experts.max() / experts.float().mean()).item() for index, experts in visits.items()}
+    return loads, right / total if has_drafts else None
+
+
+@torch.no_grad()
 def index_recall(
     model: PreTrainedModel, held_out: dict[str, HeldOut], bos_token_id: int, windows: int, device: torch.device
 ) -> dict[str, float]:
@@ -192,6 +235,11 @@ def main(argv: list[str] | None = None) -> int:
     for language, bits in result.items():
         text = held_out[language]
         print(f"{language}: {bits:.4f} bits per byte over {text.num_bytes} bytes, {text.num_targets} tokens")
+    loads, accepted = load_and_drafts(model, held_out, tokenizer.bos_token_id, args.batch_rows, device)
+    if loads:
+        print("busiest expert over the mean, by layer: " + ", ".join(f"{i}: {load:.2f}" for i, load in loads.items()))
+    if accepted is not None:
+        print(f"the first prediction module guesses the model's choice {accepted:.1%} of the time")
     for prompt in args.prompt:
         print("----\n" + continue_prompt(model, tokenizer, prompt, args.max_new_tokens, args.seed))
     return 0
