@@ -2,11 +2,8 @@
 
     python -m benchmarks.learning text    --data runs/data    # NSA, full attention and a window alone on real text
     python -m benchmarks.learning passkey --data runs/data    # finding a passkey far outside the window
-    python -m benchmarks.learning upcycle --data runs/data    # `text`'s full model turned into NSA, both trained on
-    python -m benchmarks.learning dsa     --data runs/data    # MLA, an indexer added, both stages of its training
-    python -m benchmarks.learning choices --data runs/data    # what the NSA paper leaves open
 
-DATA is a folder written by `python -m pretrain.data`; rows are half of each of two languages, and so on. Each finished
+DATA is a folder written by `python -m pretrain.data`; its languages get equal shares of the rows. Each finished
 training is kept in --work and not repeated, so that a stopped run goes on. Writes benchmarks/results/learning_NAME.json
 and .png. The sizes are such that selection selects: a query at the end of a row reads 64 of 512 tokens.
 
@@ -19,7 +16,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +28,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
 from benchmarks.recall import RecallBatch, hide_passkeys, recall_vocab_size
 from pretrain.data import INDEX_NAME, PretrainingData, batch_of, load_held_out
-from tools import add_indexer, upcycle_nsa
 
 NSA_SIZES = {
     "nsa_compress_block_size": 8,
@@ -59,29 +54,12 @@ KINDS = {
     "full": GQA | {"model_type": "llama"},
     "nsa": GQA | {"model_type": "deepseek_nsa"} | NSA_SIZES,
     "window": GQA | {"model_type": "llama"},
-    "mla": {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 48,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "n_routed_experts": None,
-        "num_nextn_predict_layers": 0,
-        "max_position_embeddings": 2048,
-    },
 }
 TEXT_TOKENS, TEXT_ROWS, HELD_OUT_TOKENS = 512, 4, 16384  # of a row, rows of a batch, held-out tokens of each language
 NUM_PASSKEYS = 6
 PASSKEY_STAGES = ((64, 24, 150), (128, 12, 50), (256, 6, 50), (512, 3, 50))  # tokens of a row, rows of a batch, steps
 PASSKEY_LENGTHS, PASSKEY_ROWS, DEPTHS = (128, 256, 512), 32, 8  # of the last measurement; depths are eighths
-COLOURS = {"full": "C0", "nsa": "C2", "window": "C3", "chance": "0.6"}
+COLOURS = {"full": "C0", "nsa": "C2", "window": "C3"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -130,7 +108,6 @@ def train(
     measure: Callable[[], dict],
     every: int,
     title: str,
-    warmup: int = 20,
 ) -> list[dict]:
     """AdamW with a linear warm-up and, in the second half, a linear decay; a curve of what `measure` says every few steps.
 
@@ -143,7 +120,7 @@ def train(
     curve = [{"step": 0} | measure()]
     for step in (bar := trange(steps, desc=title, mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / (warmup or 1)) * min(1.0, 2.0 - 1.8 * step / steps)
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 20) * min(1.0, 2.0 - 1.8 * step / steps)
         loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -217,43 +194,37 @@ def text_loss(model, kind: str, windows: torch.Tensor, bos_token_id: int) -> dic
     return {"held_out_loss": round(torch.stack(losses).mean().item(), 4)}
 
 
-def train_on_text(model, kind: str, data: Path, seed: int, steps: int, title: str, **options) -> list[dict]:
-    """-> curve of the held-out loss. `first_step` and `learning_rate` are options."""
+def train_on_text(model, kind: str, data: Path, seed: int, steps: int, title: str) -> list[dict]:
+    """-> curve of the held-out loss"""
     rows = open_rows(data, TEXT_TOKENS, TEXT_ROWS, seed)
     windows = held_out_windows(data, TEXT_TOKENS, HELD_OUT_TOKENS)
-    first = options.get("first_step", 0)
     return train(
         model,
         steps,
-        options.get("learning_rate", 3e-3),
-        lambda step: model(**text_inputs(kind, rows.batch(first + step), rows.bos_token_id)).lm_loss,
+        3e-3,
+        lambda step: model(**text_inputs(kind, rows.batch(step), rows.bos_token_id)).lm_loss,
         lambda: text_loss(model, kind, windows, rows.bos_token_id),
-        options.get("every", 50),
+        50,
         title,
-        options.get("warmup", 20),
     )
 
 
-def text_run(arguments, kind: str, seed: int, change: Callable | None = None, name: str = "text") -> list[dict]:
-    """One kept training on text; the full models' weights are kept too, for `upcycle`."""
+def text_run(arguments, kind: str, seed: int) -> dict:
+    """One training on text -> its curve, and the number of parameters."""
 
     def run() -> dict:
         model = make_model(
-            arguments.work / "code" / f"{name}_{kind}_{seed}",
+            arguments.work / "code" / f"text_{kind}_{seed}",
             kind,
             seed,
             vocab_size=read_index(arguments.data)["vocab_size"],
         )
-        if change is not None:
-            change(model)
-        title = f"{name} {kind} {seed}"
+        title = f"text {kind} {seed}"
         curve = train_on_text(model, kind, arguments.data, seed, arguments.steps, title)
-        if name == "text" and kind == "full":
-            model.save_pretrained(arguments.work / f"text_full_{seed}")
         return {"curve": curve, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
     options = {"steps": arguments.steps, "data": describe_data(arguments.data), "config": KINDS[kind]}
-    return kept(arguments.work, f"{name}_{kind}_{seed}", options, run)
+    return kept(arguments.work, f"text_{kind}_{seed}", options, run)
 
 
 def text(arguments) -> dict:
@@ -321,7 +292,7 @@ def accuracy_by_depth(hits: torch.Tensor, batch: RecallBatch) -> list[float | No
     ]
 
 
-def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, title: str, **options) -> list[dict]:
+def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, title: str) -> list[dict]:
     """-> curve of the accuracy at the longest length"""
     vocab_size, generator = read_index(data)["vocab_size"], torch.Generator().manual_seed(seed)
     schedule = [(length, rows) for length, rows, steps in stages for _ in range(steps)]
@@ -335,17 +306,16 @@ def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, title: st
     def measure() -> dict:
         return {"accuracy": round(passkey_hits(model, kind, longest).float().mean().item(), 4)}
 
-    rate, every = options.get("learning_rate", 6e-3), options.get("every", 20)
-    return train(model, len(schedule), rate, loss_of, measure, every, title)
+    return train(model, len(schedule), 6e-3, loss_of, measure, 20, title)
 
 
-def passkey_run(arguments, kind: str, seed: int, change: Callable | None = None, name: str = "passkey") -> dict:
+def passkey_run(arguments, kind: str, seed: int) -> dict:
+    """One training on passkeys -> its curve, and accuracy by length and depth at its end."""
+
     def run() -> dict:
         vocab_size = recall_vocab_size(read_index(arguments.data)["vocab_size"])
-        model = make_model(arguments.work / "code" / f"{name}_{kind}_{seed}", kind, seed, vocab_size=vocab_size)
-        if change is not None:
-            change(model)
-        curve = train_on_passkeys(model, kind, arguments.data, seed, arguments.stages, f"{name} {kind} {seed}")
+        model = make_model(arguments.work / "code" / f"passkey_{kind}_{seed}", kind, seed, vocab_size=vocab_size)
+        curve = train_on_passkeys(model, kind, arguments.data, seed, arguments.stages, f"passkey {kind} {seed}")
         by_length = {}
         for length in PASSKEY_LENGTHS:
             batch = passkey_eval_batch(arguments.data, length, PASSKEY_ROWS)
@@ -354,11 +324,10 @@ def passkey_run(arguments, kind: str, seed: int, change: Callable | None = None,
                 "accuracy": round(hits.float().mean().item(), 4),
                 "by_depth": accuracy_by_depth(hits, batch),
             }
-        model.save_pretrained(arguments.work / f"{name}_{kind}_{seed}")
         return {"curve": curve, "by_length": by_length}
 
     options = {"stages": arguments.stages, "data": describe_data(arguments.data), "config": KINDS[kind]}
-    return kept(arguments.work, f"{name}_{kind}_{seed}", options, run)
+    return kept(arguments.work, f"passkey_{kind}_{seed}", options, run)
 
 
 def passkey(arguments) -> dict:
@@ -392,321 +361,6 @@ def passkey(arguments) -> dict:
         for kind, by_seed in json.loads(json.dumps(runs)).items()
     }
     return finish("passkey", arguments, figure, {"final_accuracy": final, "reach_of_windows": REACH, "runs": runs})
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# A dense checkpoint becomes a sparse one
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def load(folder: Path, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).train()
-
-
-def convert(tool, source: Path, output: Path, sizes: dict[str, int], prefix: str) -> Path:
-    """Runs a tool of tools/ by its command line."""
-    shutil.rmtree(output, ignore_errors=True)
-    flags = [f"--{name.removeprefix(prefix).replace('_', '-')}={size}" for name, size in sizes.items()]
-    if tool.main([str(source), str(output), *flags]):
-        raise RuntimeError(f"{tool.__name__} failed on {source}")
-    return output
-
-
-def upcycle(arguments) -> dict:
-    dense = text_run(arguments, "full", 0)["curve"]
-    source, steps = arguments.work / "text_full_0", arguments.continued_steps
-
-    def run(kind: str) -> dict:
-        folder = source
-        if kind == "nsa":
-            folder = convert(upcycle_nsa, source, arguments.work / "upcycled", NSA_SIZES, "nsa_")
-        # other rows than before; the rate starts where the dense run's ended, and rises again to half of its peak
-        options = {"first_step": arguments.steps, "learning_rate": 1.5e-3, "every": 10, "warmup": 20}
-        title = f"upcycle {kind}"
-        return {"curve": train_on_text(load(folder), kind, arguments.data, 0, steps, title, **options)}
-
-    options = {"steps": arguments.steps, "continued": steps, "data": describe_data(arguments.data), "config": GQA}
-    runs = {kind: kept(arguments.work, f"upcycle_{kind}", options, partial(run, kind)) for kind in ("full", "nsa")}
-    curves = {kind: run["curve"] for kind, run in runs.items()}
-    scratch = text_run(arguments, "nsa", 0)["curve"]
-    figure, axes = new_figure(1, 1)
-    plot_curve(axes, dense, "held_out_loss", color=COLOURS["full"], label="full, from nothing")
-    plot_curve(axes, scratch, "held_out_loss", color=COLOURS["nsa"], ls=":", label="nsa, from nothing")
-    for kind, label in (("full", "full, continued"), ("nsa", "converted to nsa, continued")):
-        moved = [point | {"step": point["step"] + arguments.steps} for point in curves[kind]]
-        plot_curve(axes, moved, "held_out_loss", color=COLOURS[kind], lw=2, marker=".", label=label)
-    axes.axvline(arguments.steps, color="0.8", lw=0.8)
-    low = min(point["held_out_loss"] for point in curves["full"])
-    axes.set(xlabel="step", ylabel="held-out loss, nats a token", ylim=(low - 0.1, low + 1.5))
-    axes.legend()
-    results = {
-        "dense": curves["full"][0]["held_out_loss"],
-        "converted": curves["nsa"][0]["held_out_loss"],
-        "dense_continued": curves["full"][-1]["held_out_loss"],
-        "converted_continued": curves["nsa"][-1]["held_out_loss"],
-        "runs": curves,
-    }
-    return finish("upcycle", arguments, figure, results)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# DeepSeek sparse attention
-# ---------------------------------------------------------------------------------------------------------------
-
-INDEXER_SIZES = {"index_topk": 64, "index_n_heads": 4, "index_head_dim": 32}
-DSA_TOKENS, DSA_ROWS = 512, 4  # of the indexer's stages
-
-
-@torch.no_grad()
-def indexer_recall(model, batch: RecallBatch) -> dict:
-    """How many of the tokens with the most attention the indexer finds, mean over layers and over queries that have
-    more than `index_topk` tokens to choose from; and the share of the attention that lies on what it finds.
-
-    Attention is that of the model without selection: as many tokens are allowed as there are.
-    """
-    topk, states = model.config.index_topk, []
-    indexers = [layer.self_attn.indexer for layer in model.model.layers]
-    hooks = [indexer.register_forward_hook(lambda _, __, output: states.append(output)) for indexer in indexers]
-    attention = model.config._attn_implementation
-    model.eval()
-    model.config.index_topk, model.config._attn_implementation = batch.input_ids.shape[1], "eager"
-    try:
-        maps = model(input_ids=batch.input_ids, output_attentions=True, use_cache=False).attentions
-    finally:
-        model.config.index_topk, model.config._attn_implementation = topk, attention
-        for hook in hooks:
-            hook.remove()
-        model.train()
-    found, covered = [], []
-    for probs, (query, weights, key) in zip(maps, states, strict=True):
-        total = probs.mean(dim=1)  # [B, S, T]
-        scores = torch.einsum("bshd,btd->bsht", query, key).relu().mul(weights[..., None]).sum(dim=2)  # [B, S, T]
-        hidden = torch.ones(total.shape[1:], dtype=torch.bool).triu(1)
-        chosen = scores.masked_fill(hidden, float("-inf")).topk(topk).indices[:, topk:]  # [B, S - topk, topk]
-        best = torch.zeros_like(total).scatter_(2, total.masked_fill(hidden, -1.0).topk(topk).indices, 1.0)[:, topk:]
-        found.append(best.gather(2, chosen).mean().item())
-        covered.append(total[:, topk:].gather(2, chosen).sum(dim=-1).mean().item())
-    return {"recall": round(sum(found) / LAYERS, 4), "attention_covered": round(sum(covered) / LAYERS, 4)}
-
-
-def dsa(arguments) -> dict:
-    vocab_size = read_index(arguments.data)["vocab_size"]
-    dense_run = passkey_run(arguments, "mla", 0)
-    source = arguments.work / "passkey_mla_0"
-    rows = open_rows(arguments.data, DSA_TOKENS, DSA_ROWS, seed=1)
-    batch = passkey_eval_batch(arguments.data, DSA_TOKENS, 8)
-
-    def continue_training(
-        model, steps: int, rate: float, title: str, indexed: bool = True, first: int = 0
-    ) -> list[dict]:
-        generator = torch.Generator().manual_seed(3 + first)
-        index_losses = []
-
-        def loss_of(step: int) -> torch.Tensor:
-            train_batch = hide_passkeys(rows.batch(first + step), vocab_size, NUM_PASSKEYS, REACH, generator)
-            output = model.model(input_ids=train_batch.input_ids, use_cache=False)
-            logits = model.lm_head(output.last_hidden_state[:, train_batch.asked_at])
-            loss = F.cross_entropy(logits.flatten(0, 1), train_batch.answers.flatten())
-            if not indexed:
-                return loss
-            index_losses.append(output.index_loss.item() / LAYERS)
-            return loss + output.index_loss
-
-        def measure() -> dict:
-            model.eval()
-            with torch.no_grad():
-                loss = passkey_loss(model, "mla", batch).item()
-            hits = passkey_hits(model, "mla", batch)
-            point = {"loss": round(loss, 4), "accuracy": round(hits.float().mean().item(), 4)}
-            if indexed:
-                sparse, model.config.index_warmup = model.config.index_warmup, False
-                point |= indexer_recall(model, batch)
-                model.config.index_warmup = sparse
-            if index_losses:
-                point["index_loss"] = round(sum(index_losses[-10:]) / len(index_losses[-10:]), 4)
-            return point
-
-        return train(model, steps, rate, loss_of, measure, 10, title, warmup=5)
-
-    def run() -> dict:
-        folder = convert(add_indexer, source, arguments.work / "indexed", INDEXER_SIZES, "")
-        model = load(folder)
-        model.config.index_warmup = True
-        model.requires_grad_(False)
-        for layer in model.model.layers:
-            layer.self_attn.indexer.requires_grad_(True)
-        warmup = continue_training(model, arguments.indexer_steps, 5e-3, "dsa, warm-up")
-        model.config.index_warmup = False
-        model.requires_grad_(True)
-        sparse = continue_training(model, arguments.indexer_steps, 1e-3, "dsa, sparse", first=arguments.indexer_steps)
-        control = continue_training(
-            load(source), arguments.indexer_steps, 1e-3, "dsa, dense", indexed=False, first=arguments.indexer_steps
-        )
-        return {"warmup": warmup, "sparse": sparse, "dense": control}
-
-    options = {"stages": arguments.stages, "steps": arguments.indexer_steps, "config": KINDS["mla"] | INDEXER_SIZES}
-    runs = kept(arguments.work, "dsa", options, run)
-    figure, axes = new_figure(1, 3, width=13)
-    shift = arguments.indexer_steps
-    for stage, colour in (("warmup", "C1"), ("sparse", "C2"), ("dense", "C0")):
-        moved = [point | {"step": point["step"] + (0 if stage == "warmup" else shift)} for point in runs[stage]]
-        label = {"warmup": "warm-up", "sparse": "sparse", "dense": "dense MLA"}[stage]
-        plot_curve(axes[0], moved, "recall", color=colour, label=f"{label}: true top-k found")
-        plot_curve(axes[0], moved, "attention_covered", color=colour, ls="--", label=f"{label}: attention covered")
-        plot_curve(axes[1], moved, "index_loss", color=colour, label=label)
-        plot_curve(axes[2], moved, "accuracy", color=colour, label=label)
-    axes[0].set(xlabel="step", ylabel="indexer", ylim=(0, 1.02))
-    axes[1].set(xlabel="step", ylabel="KL of a layer, nats", yscale="log")
-    axes[2].set(xlabel="step", ylabel=f"passkey accuracy, {INDEXER_SIZES['index_topk']} of {DSA_TOKENS} tokens read")
-    axes[2].set_ylim(-0.02, 1.02)
-    handles, labels = axes[0].get_legend_handles_labels()
-    kept_labels = [i for i, label in enumerate(labels) if "dense" not in label]
-    axes[0].legend([handles[i] for i in kept_labels], [labels[i] for i in kept_labels], fontsize=8)
-    axes[1].legend()
-    axes[2].legend()
-    final = {stage: curve[-1] for stage, curve in runs.items()}
-    results = {"start": runs["warmup"][0], "final": final, "dense_run": dense_run, "runs": runs}
-    return finish("dsa", arguments, figure, results)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What the paper leaves open
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def attentions(model) -> list[nn.Module]:
-    return [layer.self_attn for layer in model.model.layers]
-
-
-def compress_by_mean(model):
-    """phi is the mean of a block."""
-    for attention in attentions(model):
-        for compressor in (attention.compress_key, attention.compress_value):
-            compressor.forward = lambda x, c=compressor: x.unfold(-2, c.block, c.stride).mean(dim=-1)
-
-
-def compress_by_mlp(model):
-    """phi is the MLP without the mean, with weights of size 1 / sqrt(inputs) to make up for it."""
-
-    def forward(x: torch.Tensor, compressor: nn.Module) -> torch.Tensor:
-        blocks = x.unfold(-2, compressor.block, compressor.stride).transpose(-1, -2)
-        return compressor.down_proj(F.silu(compressor.up_proj((blocks + compressor.position).flatten(-2))))
-
-    for attention in attentions(model):
-        for compressor in (attention.compress_key, attention.compress_value):
-            for linear in (compressor.up_proj, compressor.down_proj):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            compressor.forward = partial(forward, compressor=compressor)
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation; states [..., T, D], cos and sin broadcastable to [..., T, D/2]"""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def rotate_before_compressing(model):
-    """Compressed keys are made of rotated keys and not rotated again."""
-    for attention in attentions(model):
-
-        def compress(key, value, angles, attention=attention):
-            return attention.compress_key(rotate(key, *angles.chunk(2, dim=-1))), attention.compress_value(value)
-
-        attention._compress = compress
-
-
-def no_rotation_in_compressed(model):
-    """Compressed keys are not rotated, and meet queries whose rotation is undone."""
-    module = sys.modules[type(attentions(model)[0]).__module__]
-    attend, rotary = module.compressed_attention, model.model.rotary_emb
-
-    def unrotated(query, key, value, scaling, first_position, sizes):
-        positions = torch.arange(first_position, first_position + query.shape[1])[None]
-        cos, sin = (angle[0, :, None] for angle in rotary(query, positions))  # [S, 1, D/2]
-        back = rotate(query.transpose(1, 2), cos[:, 0], -sin[:, 0]).transpose(1, 2)
-        return attend(back, key, value, scaling, first_position, sizes)
-
-    module.compressed_attention = unrotated
-    for attention in attentions(model):
-        attention._compress = lambda key, value, angles, a=attention: (a.compress_key(key), a.compress_value(value))
-
-
-class SharedGate(nn.Module):
-    """One gate for each branch, the same for all heads."""
-
-    def __init__(self, gate: nn.Linear):
-        super().__init__()
-        self.linear, self.heads = nn.Linear(gate.in_features, 3), gate.out_features // 3
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear(hidden_states).repeat(1, 1, self.heads)
-
-
-def share_gates(model):
-    for attention in attentions(model):
-        attention.branch_gate = SharedGate(attention.branch_gate)
-
-
-def share_keys_and_values(model):
-    """One projection for keys and one for values of all branches."""
-    for attention in attentions(model):
-        for branch in ("select", "window"):
-            for part in ("k", "v"):
-                setattr(attention, f"{branch}_{part}_proj", getattr(attention, f"compress_{part}_proj"))
-
-
-CHOICES = {
-    "as_is": None,
-    "mean": compress_by_mean,
-    "mlp": compress_by_mlp,
-    "rotate_first": rotate_before_compressing,
-    "no_rotation": no_rotation_in_compressed,
-    "shared_gates": share_gates,
-    "shared_kv": share_keys_and_values,
-}
-CHOICE_LABELS = {
-    "as_is": "as it is: mean + MLP, rotated after, gates by head, own K and V",
-    "mean": "compressor: mean only",
-    "mlp": "compressor: MLP only",
-    "rotate_first": "keys rotated before compressing",
-    "no_rotation": "no rotation in the compressed branch",
-    "shared_gates": "gates shared by the heads",
-    "shared_kv": "keys and values shared by the branches",
-}
-
-
-def choices(arguments) -> dict:
-    table, runs = {}, {}
-    figure, axes = new_figure(1, 2, width=12)
-    for place, (name, change) in enumerate(CHOICES.items()):
-        suffix = "" if change is None else f"_{name}"
-        on_text = [text_run(arguments, "nsa", seed, change, f"text{suffix}") for seed in range(arguments.seeds)]
-        on_keys = [passkey_run(arguments, "nsa", seed, change, f"passkey{suffix}") for seed in range(arguments.seeds)]
-        runs[name] = {"text": on_text, "passkey": on_keys}
-        table[name] = {
-            "parameters": on_text[0]["parameters"],
-            "held_out_loss": [run["curve"][-1]["held_out_loss"] for run in on_text],
-            "passkey_accuracy": [
-                run["by_length"].get(str(PASSKEY_LENGTHS[-1]), run["by_length"].get(PASSKEY_LENGTHS[-1]))["accuracy"]
-                for run in on_keys
-            ],
-            "steps_to_half": [steps_to(run["curve"], 0.5) for run in on_keys],
-        }
-        style = {"color": f"C{place}", "label": CHOICE_LABELS[name], "lw": 2.5 if change is None else 1.2}
-        for seed, (text_curve, key_curve) in enumerate(zip(on_text, on_keys, strict=True)):
-            shown = style | {"ls": ("-", "--", ":")[seed % 3]} | ({} if seed == 0 else {"label": None})
-            plot_curve(axes[0], text_curve["curve"][2:], "held_out_loss", **shown)
-            plot_curve(axes[1], key_curve["curve"], "accuracy", **shown)
-    axes[0].set(xlabel="step", ylabel="held-out loss, nats a token")
-    axes[0].legend(fontsize=7)
-    axes[1].set(xlabel="step", ylabel=f"passkey accuracy at {PASSKEY_LENGTHS[-1]} tokens", ylim=(-0.02, 1.02))
-    return finish("choices", arguments, figure, {"table": table, "runs": runs})
-
-
-def steps_to(curve: list[dict], accuracy: float) -> int | None:
-    """The first measured step with at least this accuracy."""
-    return next((point["step"] for point in curve if point["accuracy"] >= accuracy), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -745,15 +399,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("name", choices=tuple(BENCHMARKS), help="what to train and compare")
     parser.add_argument("--data", type=Path, required=True, help="folder written by python -m pretrain.data")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="finished trainings (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind (%(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each training on text (%(default)s)")
-    parser.add_argument("--continued-steps", type=int, default=100, help="of `upcycle`, after those (%(default)s)")
-    parser.add_argument("--indexer-steps", type=int, default=100, help="of each stage of `dsa` (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each training on text (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (%(default)s)")
     return parser
 
 
-BENCHMARKS = {"text": text, "passkey": passkey, "upcycle": upcycle, "dsa": dsa, "choices": choices}
+BENCHMARKS = {"text": text, "passkey": passkey}
 
 
 def main(argv: list[str] | None = None) -> int:
