@@ -65,6 +65,7 @@ def test_recall_is_what_slow_loops_count():
         assert found[str(layer)] == pytest.approx(hits / (queries * topk))
 
 
+@pytest.mark.slow
 def test_warmup_teaches_the_indexer_alone_and_sparse_training_the_rest(workspace, checkpoint, tmp_path):
     sizes = ["--index-topk", "4", "--index-n-heads", "4", "--index-head-dim", "16"]
     with_indexer, warm = tmp_path / "with-indexer", tmp_path / "warm"
@@ -114,6 +115,7 @@ def test_stages_refuse_models_that_cannot_have_them(family, overrides, message):
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_native_sparse_attention_trains(workspace, checkpoint, tmp_path):
     model_dir = checkpoint("nsa", vocab_size=VOCAB_SIZE)
     log = _train(workspace, model_dir, tmp_path / "run", "--steps", 15, "--learning-rate", 5e-3, "--eval-every", 100)

@@ -243,6 +243,7 @@ def test_resumed_run_equals_uninterrupted_run(workspace, checkpoint, tmp_path, m
     assert evaluate.main([str(tmp_path / "export"), "--data", str(workspace / "data"), "--context-tokens", "32"]) == 0
 
 
+@pytest.mark.slow
 def test_muon_learns_more_than_adamw_in_as_many_steps(workspace, checkpoint, tmp_path):
     model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE)
     bits = {}
