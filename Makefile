@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-oldest lint format clean
+.PHONY: demo test test-slow test-oldest test-kernels lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) demo.py
@@ -20,6 +20,12 @@ test-slow: $(VENV)/installed
 # The model's own tests on the oldest transformers that pyproject.toml allows.
 test-oldest: $(VENV)-oldest/installed
 	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/unit tests/contract tests/parity
+
+# GPU kernels without a GPU: in Triton's interpreter, then through its compiler. Triton is a download of 285 MB.
+test-kernels: $(VENV)/installed
+	$(RUN) -m pip install --quiet --no-deps triton==3.9.0
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels
+	$(RUN) -m pytest -m slow tests/kernels
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check
