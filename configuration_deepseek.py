@@ -132,7 +132,12 @@ _MOE_FIELDS += ("norm_topk_prob", "routed_scaling_factor", "aux_loss_alpha")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 _SCORING_FUNCS = ("softmax", "sigmoid")
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_LAYER_TYPES = ("full_attention", "indexed_attention")  # transformers' names of cache layers
+_MOST_LAYERS = 10_000  # more is damage, and would fill the memory with empty layers
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE_NUMBERS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_ROPE_NUMBERS += ("attention_factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")
 
 
 class DeepseekConfig(PreTrainedConfig):
@@ -285,6 +290,7 @@ class DeepseekConfig(PreTrainedConfig):
         self.attention_kind = attention_kind or ("gqa" if self.kv_lora_rank is None else "mla")
         self._fill_nulls()
         self._validate_fields()
+        _validate_common(kwargs, self.num_hidden_layers)
         self._resolve_axes(kwargs.pop("mlp_layer_types", None))
         self.rope_parameters = _resolve_rope(rope_parameters, rope_scaling, rope_theta, self.max_position_embeddings)
         self._validate_combinations()
@@ -343,6 +349,8 @@ class DeepseekConfig(PreTrainedConfig):
             counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
         for name in counts:
             _check_count(name, getattr(self, name), minimum=1)
+        for name in ("num_hidden_layers", "num_nextn_predict_layers"):
+            _check_count(name, getattr(self, name), minimum=0, maximum=_MOST_LAYERS)
         for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
             _check_count(name, getattr(self, name), minimum=0)
         for name in (
@@ -473,7 +481,17 @@ class DeepseekConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError, ValueError, RecursionError) as error:
+            config_dict, reason = None, error
+        else:
+            reason = None
+        if not isinstance(config_dict, dict):
+            raise ValueError(
+                f"The config.json of {pretrained_model_name_or_path} is not a JSON object with the fields of a model; "
+                "download it again."
+            ) from reason
         # Moved aside before transformers compares it with ours and warns about a mismatch.
         if "model_type" in config_dict:
             config_dict["checkpoint_model_type"] = config_dict.pop("model_type")
@@ -544,12 +562,43 @@ def _validate_rope(rope: dict):
     if rope["rope_type"] in ("yarn", "linear", "dynamic"):
         # the ratio of the extended to the original context
         _check_number(f"rope_scaling.factor (of type {rope['rope_type']!r})", rope.get("factor"), minimum=1)
+    for name in _ROPE_NUMBERS:
+        if rope.get(name) is not None:
+            _check_number(f"rope_scaling.{name}", rope[name])
 
 
-def _check_count(name: str, value, minimum: int):
+def _validate_common(fields: dict, num_layers: int):
+    """Checks the fields that are transformers' own, which it takes without a look and stumbles over later."""
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(fields.get(name), str) or type(fields.get(name)).__name__ not in ("NoneType", "dtype"):
+            _check_choice(name, fields[name], _DTYPES)
+    for name in ("architectures", "layer_types"):
+        value = fields.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
+            raise ValueError(f"`{name}` is {value!r}; it must be a list of names, or null.")
+    layer_types = fields.get("layer_types")
+    if layer_types is not None:
+        if len(layer_types) != num_layers:
+            raise ValueError(
+                f"`layer_types` has {len(layer_types)} entries for {num_layers} layers; leave the field out."
+            )
+        for entry in layer_types:
+            _check_choice("layer_types", entry, _LAYER_TYPES)
+    quantization = fields.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict) and not hasattr(quantization, "to_dict"):
+        raise ValueError(f"`quantization_config` is {quantization!r}; it must be an object, or null.")
+    if "num_labels" in fields:
+        _check_count("num_labels", fields["num_labels"], minimum=1, maximum=10**6)
+    labels = fields.get("id2label")
+    if labels is not None and not (isinstance(labels, dict) and all(str(key).isdecimal() for key in labels)):
+        raise ValueError(f"`id2label` is {labels!r}; it must name labels by their numbers, or be null.")
+
+
+def _check_count(name: str, value, minimum: int, maximum: int = 2**31 - 1):
     # bool is an int to Python, but `true` as a size is a mistake
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {minimum}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        limit = "" if maximum == 2**31 - 1 else f" and at most {maximum}"
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {minimum}{limit}.")
 
 
 def _check_number(name: str, value, minimum: float = 0, maximum: float = 1e30):

@@ -10,7 +10,7 @@ import struct
 from contextlib import contextmanager
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -99,6 +99,12 @@ class CheckpointFiles:
                 self.shard_of = {key: str(name) for key, name in json.load(file)["weight_map"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is not a safetensors index; download the file again.") from error
+        for name in set(self.shard_of.values()):
+            if name != os.path.basename(name) or name in ("", ".", ".."):
+                raise ValueError(
+                    f"{index} names the shard {name!r}, which is no file of the same folder; the index is damaged or not "
+                    "to be trusted, download it again."
+                )
         if not os.path.isdir(self._path):
             return  # on the Hub, shards are fetched later
         for name in sorted(set(self.shard_of.values())):
@@ -130,10 +136,14 @@ def _read_header(path: str) -> dict:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} has an unreadable safetensors header. {remedy}") from error
     if size < expected:
         raise ValueError(f"{path} has {size} bytes, its header promises {expected}. {remedy}")
+    try:
+        safe_open(path, framework="pt")  # checks what the header says of each tensor
+    except SafetensorError as error:
+        raise ValueError(f"{path} has a wrong safetensors header ({error}). {remedy}") from error
     return header
 
 
@@ -178,7 +188,8 @@ def pop_block_fp8(config) -> tuple[int, int] | None:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         return None
     block_size = quantization.get("weight_block_size")
-    if not isinstance(block_size, (list, tuple)) or len(block_size) != 2:
+    is_pair = isinstance(block_size, (list, tuple)) and len(block_size) == 2
+    if not is_pair or not all(type(size) is int and size > 0 for size in block_size):
         raise ValueError(
             f"`quantization_config.weight_block_size` is {block_size!r}; DeepSeek's FP8 checkpoints have [128, 128]."
         )
@@ -231,9 +242,15 @@ def _cpu_has_bfloat16() -> bool:
 
 @contextmanager
 def explain_loading_error(path):
-    """Turns transformers' refusal of tensors of a wrong shape into an error that says what does not fit."""
+    """Says what to do where transformers refuses tensors of a wrong shape, or finds no safetensors file."""
     try:
         yield
+    except OSError as error:
+        if SAFE_WEIGHTS_NAME not in str(error):
+            raise
+        raise OSError(
+            f"{error} Weights in pickle files (pytorch_model.bin) are read only with use_safetensors=False."
+        ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

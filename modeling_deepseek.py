@@ -568,7 +568,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As in transformers; besides, checks the files first, does without multi-token-prediction weights that a
-        checkpoint lacks, dequantises block-scaled FP8, and picks float32 on CPUs that have no bfloat16 arithmetic.
+        checkpoint lacks, dequantises block-scaled FP8, picks float32 on CPUs that have no bfloat16 arithmetic, and reads
+        pickled weights only if `use_safetensors` is False.
 
         Raises:
             ValueError: a shard is missing, truncated or no safetensors file; the message names the file.
@@ -587,6 +588,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
         if files.shard_of and not any(f"layers.{config.num_hidden_layers}." in name for name in files.shard_of):
             config.num_nextn_predict_layers = 0
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True  # other files are pickles
         if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
             kwargs["dtype"] = default_dtype(config, kwargs.get("device_map"))
         source, reading = {"pretrained_model_name_or_path": pretrained_model_name_or_path}, nullcontext()
