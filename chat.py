@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from tokenization.safe_chat import encode_chat
 
@@ -507,11 +507,17 @@ def load(
         adapter: folder or Hub name of a PEFT adapter.
         trust_remote_code: whether code of the checkpoint may run. This repository's own code always may.
         dtype, device: as `dtype` and `device_map` in `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: something is missing, damaged or does not fit; weights are read from safetensors only.
     """
     if adapter is not None:
         from peft import PeftConfig, PeftModel
 
-        model = model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        try:
+            model = model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{adapter} has no adapter_config.json of an adapter: {error}") from error
     model = model or str(HERE)
     trust = trust_remote_code or Path(model).resolve() == HERE
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
@@ -519,7 +525,11 @@ def load(
         model, trust_remote_code=trust, dtype=dtype, device_map=device, use_safetensors=True
     )
     if adapter is not None:
-        loaded = PeftModel.from_pretrained(loaded, adapter)
+        cached_file(adapter, "adapter_model.safetensors")  # an OSError if there is none: PEFT would read a pickle then
+        try:
+            loaded = PeftModel.from_pretrained(loaded, adapter)
+        except Exception as error:  # PEFT's are of many types
+            raise ValueError(f"{adapter} is damaged, or no adapter for {model}: {error}") from error
     return loaded, tokenizer
 
 

@@ -326,3 +326,58 @@ def test_code_runs_only_with_permission(checkpoint, capsys):
 def test_a_folder_without_a_model(tmp_path, capsys):
     assert program.main(["--model", str(tmp_path)]) == 1
     assert "error" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- adapters that are none
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """A base model's folder and an adapter's."""
+    base = add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE))
+    model, _ = program.load(str(base), None, trust_remote_code=True)
+    add_lora(model, targets=["attention"], rank=2).save_pretrained(tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+def test_an_adapter_loads(adapter):
+    base, folder = adapter
+    model, tokenizer = program.load(str(base), str(folder), trust_remote_code=True)
+    assert type(model).__name__.startswith("Peft")
+    assert say(Chat(model, tokenizer, GREEDY), "Hi")
+
+
+def _truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _other_shape(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 7}))
+
+
+def _pickle(folder):
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({}, folder / "adapter_model.bin")
+
+
+DAMAGES = {
+    "truncated": _truncate,
+    "other shape": _other_shape,
+    "pickle": _pickle,
+    "no config": lambda folder: (folder / "adapter_config.json").unlink(),
+    "broken config": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "list as config": lambda folder: (folder / "adapter_config.json").write_text("[]"),
+    "unknown type": lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "NONE"}'),
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with base", "without base"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_adapters_are_errors(adapter, damage, named, capsys):
+    base, folder = adapter
+    damage(folder)
+    model = ["--model", str(base)] if named else []
+    assert program.main(["--adapter", str(folder), "--trust-remote-code", *model]) == 1
+    assert str(folder) in capsys.readouterr().err.replace("\n", "")
