@@ -531,6 +531,8 @@ class DeepseekConfig(PreTrainedConfig):
         output = super().to_diff_dict()
         if "dtype" in output:
             output["torch_dtype"] = output.pop("dtype")  # the published name, which all readers know
+        if self.n_routed_experts is None and FAMILY_DEFAULTS[self.checkpoint_model_type].get("n_routed_experts"):
+            output["n_routed_experts"] = None  # absent, it would be read as the family's number
         return output
 
 

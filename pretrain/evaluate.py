@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     result = evaluate_model(model, held_out, tokenizer.bos_token_id, args.batch_rows, device)
     for language, bits in result.items():
         text = held_out[language]

@@ -204,3 +204,11 @@ def tmp_path_with(folder: Path, path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(path.read_text())
     return folder
+
+
+@pytest.mark.parametrize("model_type", ["deepseek", "deepseek_v2", "deepseek_v3"])
+def test_a_family_of_mixtures_without_experts_stays_dense(model_type, tmp_path):
+    DeepseekConfig(model_type=model_type, num_hidden_layers=5, n_routed_experts=None).save_pretrained(tmp_path)
+    reloaded = DeepseekConfig.from_pretrained(tmp_path)
+    assert reloaded.n_routed_experts is None
+    assert set(reloaded.mlp_layer_types) == {"dense"}
