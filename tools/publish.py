@@ -21,6 +21,7 @@ import ast
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -427,20 +428,18 @@ def _tensor_names(file: Path) -> set[str]:
 
 
 def check_dtype(root: Path) -> Check:
-    """The config's dtype against the one that most of the weights' bytes have."""
+    """The config's dtype against the one that most of the weights have."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
     try:
         config = _read_json(root / "config.json")
-        sizes: dict[str, int] = {}
+        sizes: dict[str, int] = {}  # dtype -> numbers
         for file in root.glob("*.safetensors"):
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            for name, tensor in header.items():
-                if name != "__metadata__":
-                    first, last = tensor["data_offsets"]
-                    sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + last - first
+            with safe_open(file, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    tensor = tensors.get_slice(name)
+                    sizes[tensor.get_dtype()] = sizes.get(tensor.get_dtype(), 0) + math.prod(tensor.get_shape())
         stored = max(sizes, key=sizes.get)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, SafetensorError, OSError) as error:
         return Check("dtype", FAILED, f"the weights or config.json cannot be read ({error}); save the model again")
     said = config.get("dtype") or config.get("torch_dtype")
     if config.get("quantization_config"):
