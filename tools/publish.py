@@ -592,9 +592,6 @@ def upload(
     if revision != "main":
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     additions = [CommitOperationAdd(entry.path, str(root / entry.path)) for entry in entries]
-    # One by one: what was sent whole stays sent, whatever becomes of the next.
-    for addition in tqdm(additions, desc="sending", unit="file"):
-        api.preupload_lfs_files(repo_id, [addition], revision=revision, free_memory=False)
     deletions = []
     if delete_others:
         kept = {entry.path for entry in entries} | {".gitattributes"}

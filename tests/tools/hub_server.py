@@ -28,6 +28,7 @@ class Hub:
         self.puts: list[str] = []  # sha256 of every large file that was sent and taken
         self.commits: dict[str, list[str]] = {}
         self.refuse_put_after: int | None = None
+        self.lock = threading.Lock()
         self.unknown: list[str] = []  # requests that this server has no answer for
 
     def __enter__(self):
@@ -165,13 +166,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"transfer": "basic", "objects": objects})
 
     def _put(self, body, oid):
-        if self.state.refuse_put_after is not None and len(self.state.puts) >= self.state.refuse_put_after:
-            return self._answer({"error": "interrupted"}, 403)
         if hashlib.sha256(body).hexdigest() != oid:
             return self._answer({"error": "content does not have this sha256"}, 400)
-        self.state.puts.append(oid)
-        self.state.objects[oid] = body
-        return self._answer(b"")
+        with self.state.lock:  # the client sends several files at once
+            refused = self.state.refuse_put_after is not None and len(self.state.puts) >= self.state.refuse_put_after
+            if not refused:
+                self.state.puts.append(oid)
+                self.state.objects[oid] = body
+        return self._answer({"error": "interrupted"}, 403) if refused else self._answer(b"")
 
     def _verify(self, body):
         wanted = json.loads(body)

@@ -221,6 +221,34 @@ def test_loading_as_a_stranger_finds_what_files_do_not_show(folder, monkeypatch)
     assert publish._judge("chat", found["chat"], publish._judge_chat).status == publish.FAILED
 
 
+@pytest.mark.parametrize("family", ["llama", "v2", "v32", "nsa", "v3_mtp0"])
+def test_names_and_shapes_of_every_family(checkpoint, family):
+    found = try_loading.try_weights(checkpoint(family))
+    assert found.pop("tensors") > 20
+    assert found == {"missing": [], "unexpected": [], "shapes": []}
+
+
+def test_names_and_shapes_of_fp8_and_of_shared_copies(checkpoint):
+    """As published: FP8 with scales block by block, and a copy of the embedding in the prediction module."""
+    folder = checkpoint("v3")
+    tensors = load_file(folder / "model.safetensors")
+    names = [name for name in tensors if "self_attn" in name and tensors[name].ndim == 2]
+    for name in names:
+        height, width = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(-(-height // 16), -(-width // 16))
+    tensors["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    _edit("config.json", lambda config: config.update(quantization_config=quantization))(folder)
+    found = try_loading.try_weights(folder)
+    assert found.pop("tensors") == len(tensors) - 1
+    assert found == {"missing": [], "unexpected": [], "shapes": []}
+    tensors[f"{names[0]}_scale_inv"] = torch.ones(1, 7)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert [row[0] for row in try_loading.try_weights(folder)["shapes"]] == [f"{names[0]}_scale_inv"]
+
+
 # ---------------------------------------------------------------- the card
 
 
