@@ -46,7 +46,10 @@ MAX_FILE_BYTES = 50 * 10**9  # the Hub's documentation: 50 GB a file at most, 20
 NEVER_SENT = (".git", ".cache")  # folders that the Hub's client refuses
 STRAY = {
     "a cache": ("__pycache__", "*.pyc", ".ipynb_checkpoints", ".pytest_cache", ".ruff_cache", ".venv", ".DS_Store"),
-    "the state of a training": ("optimizer*", "scheduler.*", "rng_state*", "global_step*", "trainer_state.json"),
+    "the state of a training": (
+        *("optimizer*.pt", "optimizer*.bin", "optimizer*.safetensors", "scheduler.pt", "scheduler.bin"),
+        *("rng_state*", "global_step*", "trainer_state.json"),
+    ),
     "an unfinished or temporary file": ("*.part", "*.tmp", "*.lock", "*.incomplete", "*~", "*.swp"),
     "a pickle, which can run code": ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib"),
     "a backup of tools/add_remote_code.py": (".before_remote_code",),

@@ -98,6 +98,7 @@ def failures(folder: Path) -> dict[str, str]:
 
 
 def test_a_good_folder_passes_every_check(folder):
+    (folder / "optimizers.py").write_text("# code, not the state of one\n")
     assert [check for check in publish.check_folder(folder) if check.status != publish.PASSED] == []
 
 
