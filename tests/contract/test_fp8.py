@@ -109,7 +109,11 @@ def test_unknown_block_size_is_an_error(fp8_checkpoint):
 
 @pytest.mark.slow
 def test_no_second_copy_in_memory(fp8_checkpoint):
-    """Loading 12 layers, 400 MB in float32, adds less than 1.3 times their size at the peak (Linux; measured: 1.1)."""
+    """Loading 12 layers, 390 MB in float32, stays well below the twice their size that a second copy would make (Linux).
+
+    Measured: 1.1 to 1.5 times. transformers' reading threads may hold the whole file, a quarter of the size in FP8,
+    before the first layer is made, and two layers, a sixth, may be in the making.
+    """
     folder, meaning = fp8_checkpoint(n_routed_experts=64, moe_intermediate_size=256, num_hidden_layers=12)
     size = sum(tensor.numel() * 4 for tensor in meaning.values())
     assert size > 3.5e8
@@ -140,4 +144,4 @@ watcher.join()
 print((peak - before) * 1024)
 """
     )
-    assert int(printed.split()[-1]) < 1.3 * size, f"peak {int(printed.split()[-1]) / size:.2f} times the model"
+    assert int(printed.split()[-1]) < 1.7 * size, f"peak {int(printed.split()[-1]) / size:.2f} times the model"
