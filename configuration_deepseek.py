@@ -228,6 +228,13 @@ class DeepseekConfig(PreTrainedConfig):
         "layers.*.self_attn.window_k_proj": "colwise",
         "layers.*.self_attn.window_v_proj": "colwise",
         "layers.*.self_attn.branch_gate": "colwise",
+        # held whole, but each process applies them to its own key/value heads
+        "layers.*.self_attn.compress_key": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.compress_key.up_proj": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.compress_key.down_proj": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.compress_value": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.compress_value.up_proj": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.compress_value.down_proj": "replicated_with_grad_allreduce",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",

@@ -217,15 +217,25 @@ def gather_tokens(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return states.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, slots.shape)
 
 
-def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def sum_gradient(states: torch.Tensor, mesh) -> torch.Tensor:
+    """The same numbers; their gradient is summed over the processes of a mesh, each of which has some of the heads."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate  # not in every build of torch
+
+    return DTensor.from_local(states, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, mesh=None) -> torch.Tensor:
     """KL(attention summed over heads and normalised || softmax of index scores), summed over the queries.
 
     Args:
         probs: [B, C, H, n], constants here.
         scores: [B, C, n].
         seen: bool [B or 1, C, n]; a query that sees nothing (padding) adds nothing.
+        mesh: the processes among which the heads are divided.
     """
     target = probs.detach().mean(dim=2)  # [B, C, n]
+    if mesh is not None:
+        torch.distributed.all_reduce(target.div_(mesh.size()), group=mesh.get_group())
     log_index = scores.masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(dim=-1)
     divergence = F.kl_div(log_index, target, reduction="none").sum(dim=-1)  # [B, C]
     return (divergence * seen.any(dim=-1)).sum()
@@ -243,6 +253,7 @@ def selected_latent_attention(
     visible: VisibleTokens,
     attend_all: bool = False,
     learns: bool = False,
+    mesh=None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """MLA over the tokens that the indexer selects, V3.2-Exp eq. 2, in chunks of queries.
 
@@ -252,11 +263,14 @@ def selected_latent_attention(
         states: the indexer's for the S queries.
         attend_all: attend to all visible tokens, the indexer only learns (dense warm-up).
         learns: compute the index loss, over the tokens attended to.
+        mesh: with tensor parallelism, the DeviceMesh of the processes that have the other heads.
 
     Returns:
         [B, S, H, Dv], and the index loss: its mean over the queries that see something.
     """
     batch, heads, length, _ = q_nope.shape
+    if mesh is not None and torch.is_grad_enabled():
+        latent = sum_gradient(latent, mesh)  # that of k_rope is summed where kv_a_proj_with_mqa made it
     if attend_all:
         query_bytes = 4 * batch * visible.total * (heads + indexer.num_heads)
     else:
@@ -274,7 +288,7 @@ def selected_latent_attention(
             seen = chosen >= 0
         arguments = (
             *(q_nope[:, :, queries], q_rope[:, :, queries], latent[:, :end], k_rope[:, :end], up_projections),
-            *(states.query[:, queries], states.weights[:, queries], index_key[:, :end], seen, chosen, learns),
+            *(states.query[:, queries], states.weights[:, queries], index_key[:, :end], seen, chosen, learns, mesh),
         )
         # in training what is gathered is gathered again for the backward: kept, it would be S * topk latents
         run = partial(checkpoint, _attend_chosen, use_reentrant=False) if torch.is_grad_enabled() else _attend_chosen
@@ -286,7 +300,7 @@ def selected_latent_attention(
 
 
 def _attend_chosen(
-    q_nope, q_rope, latent, k_rope, up_projections, index_query, index_weights, index_key, seen, chosen, learns
+    q_nope, q_rope, latent, k_rope, up_projections, index_query, index_weights, index_key, seen, chosen, learns, mesh
 ):
     """One chunk of `selected_latent_attention` -> [B, C, H, Dv], summed index loss; chosen None: all tokens"""
     if chosen is not None and not learns and not torch.is_grad_enabled() and kernels_run_on(latent):
@@ -297,4 +311,4 @@ def _attend_chosen(
     if not learns:
         return output, None
     index_key = index_key if chosen is None else gather_tokens(index_key, chosen)
-    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), seen)
+    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), seen, mesh)

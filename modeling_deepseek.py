@@ -389,6 +389,7 @@ class DeepseekMLA(nn.Module):
             visible,
             attend_all=self.config.index_warmup,
             learns=self.training and self.config.index_loss_weight > 0 and indexer.learns(),
+            mesh=getattr(self.kv_b_proj.weight, "device_mesh", None),
         )
 
     def _up_projections(self, kv_b_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,7 +70,7 @@ def compare(family: str, results: dict):
     assert torch.equal(results["generated"], generated)
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v3"])
+@pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v3", "v32", "nsa"])
 def test_tensor_parallel(family, tmp_path):
     results = run_two(family, "tensor", tmp_path)
     compare(family, results)
