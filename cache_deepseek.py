@@ -11,7 +11,7 @@ Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width o
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 _LEAST_ROOM = 256  # tokens of spare room in a new buffer
 _UNDO_TOKENS = 512  # tokens by which a layer that keeps only the last ones can be cropped without notice
@@ -112,8 +112,65 @@ def _concatenate(name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tens
     return torch.cat((past, new), dim=-2) if past.numel() else new
 
 
-class IndexedLayer(GrowingLayer):
-    """A `GrowingLayer` that also holds the keys of a lightning indexer; its methods are those of transformers'
+class LatentLayer(GrowingLayer):
+    """A `GrowingLayer` for MLA: `keys` and `values` (latent and rotated key) are parts of one buffer, so that attention
+    reads both in one product."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [B, K, S, Dk] keys and [B, K, S, Dv] values; returns all of them as views of `entries`."""
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            return super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, new = self.entries, torch.cat((key_states, value_states), dim=-1)
+        if past is None:  # a new text, or other tensors were put in their places
+            past = torch.cat((self.keys, self.values), dim=-1) if self.keys.numel() else new[:, :, :0]
+        entries = self._append("entries", past, new)
+        self.keys, self.values = entries.split((key_states.shape[-1], value_states.shape[-1]), dim=-1)
+        return self.keys, self.values
+
+    @property
+    def entries(self) -> torch.Tensor | None:
+        """[B, K, T, Dk + Dv], what is held, keys first; None where they do not lie side by side."""
+        buffer = self._buffers.get("entries")
+        if buffer is None or self.keys.data_ptr() != buffer.data_ptr() or len(self.keys) != len(buffer):
+            return None
+        return buffer[:, :, : self.keys.shape[2]]
+
+
+class StaticLatentLayer(StaticLayer):
+    """A `StaticLayer` for MLA whose `keys` and `values` are parts of one buffer, `entries`, as in `LatentLayer`."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes the buffer for states of these shapes."""
+        super().lazy_initialization(key_states, value_states)
+        self.entries = torch.cat((self.keys, self.values), dim=-1)  # [B, K, max_cache_len, Dk + Dv]
+        self.keys, self.values = self.entries.split((self.k_head_dim, self.v_head_dim), dim=-1)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.entries)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts [B, K, S, Dk] keys and [B, K, S, Dv] values behind the others; returns all slots as views of `entries`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[-2]
+        slots = torch.arange(count, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(count)
+        self.entries[:, :, slots] = torch.cat((key_states, value_states), dim=-1)
+        return self.entries.split((self.k_head_dim, self.v_head_dim), dim=-1)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row b becomes what row beam_idx[b] was, in place."""
+        if self.is_initialized:
+            self.entries.copy_(self.entries.index_select(0, beam_idx.to(self.device)))
+
+
+class IndexedLayer(LatentLayer):
+    """A `LatentLayer` that also holds the keys of a lightning indexer; its methods are those of transformers'
     `DynamicIndexedLayer`, so that either may be used."""
 
     token_states = ("keys", "values", "indexer_keys")
@@ -320,6 +377,8 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLaye
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = make_layer()
+        elif type(layer) is StaticLayer and not layer.is_initialized and type(make_layer()) is LatentLayer:
+            cache.layers[i] = StaticLatentLayer(layer.max_cache_len)
 
 
 def take_back(layer: CacheLayerMixin, count: int):

@@ -36,7 +36,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_deepseek import GrowingLayer, IndexedLayer, NSACacheLayer, use_growing_layers
+from .cache_deepseek import GrowingLayer, IndexedLayer, LatentLayer, NSACacheLayer, use_growing_layers
 from .configuration_deepseek import DeepseekConfig
 from .dsa_deepseek import LightningIndexer, VisibleTokens, find_visible_tokens, selected_latent_attention
 from .dsa_kernels_deepseek import index_scores  # noqa: F401  older loaders copy only what this file names
@@ -266,8 +266,11 @@ class DeepseekMLA(nn.Module):
         elif not has_past:
             output, probs = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
-            weight = self._kv_b_weight(latent, cache_layer)
-            output, probs = self._absorbed(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight)
+            weight, entries = self._kv_b_weight(latent, cache_layer), getattr(cache_layer, "entries", None)
+            wants_probs = kwargs.get("output_attentions") or torch.is_grad_enabled()
+            output, probs = self._absorbed(
+                q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, entries, wants_probs
+            )
         else:
             output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
         return self.o_proj(output.flatten(2)), probs, index_loss
@@ -317,21 +320,31 @@ class DeepseekMLA(nn.Module):
         )
         return output[..., : self.v_head_dim], probs
 
-    def _absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask, kv_b_weight):
-        """Attention over latents [B, 1, T, C] and keys [B, 1, T, Dr] as they lie in the cache -> [B, S, H, Dv], probs"""
+    def _absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask, kv_b_weight, entries=None, wants_probs=True):
+        """Attention over latents [B, 1, T, C] and keys [B, 1, T, Dr] as they lie in the cache -> [B, S, H, Dv], probs
+
+        entries: [B, 1, T, C + Dr], both side by side, where the cache holds them so.
+        """
         batch, heads, length, _ = q_nope.shape
         w_uk, w_uv = self._up_projections(kv_b_weight)  # [H, Dn, C], [H, Dv, C]
-        latent, k_rope = latent[:, 0], k_rope[:, 0]  # [B, T, C], [B, T, Dr]
-        q_latent = (q_nope * self.scaling) @ w_uk  # [B, H, S, C]
         # All heads read the same keys, so they are rows of one matrix product and the past is read once.
-        scores = q_latent.flatten(1, 2) @ latent.transpose(1, 2)  # [B, H * S, T]
-        scores.baddbmm_(
-            (q_rope * self.scaling).flatten(1, 2), k_rope.transpose(1, 2)
-        )  # in place: no copy of the scores
-        scores = _masked(scores.view(batch, heads, length, -1), attention_mask)  # [B, H, S, T]
-        probs = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
-        mixed = (probs.flatten(1, 2) @ latent).view(batch, heads, length, -1)  # [B, H, S, C]
-        return (mixed @ w_uv.transpose(1, 2)).transpose(1, 2), probs  # [B, S, H, Dv]
+        query = torch.cat((_per_head(q_nope, w_uk), q_rope), dim=-1).flatten(1, 2) * self.scaling  # [B, H * S, C + Dr]
+        probs = None
+        one_mask = attention_mask is None or length == 1  # for all rows of a query
+        if entries is not None and one_mask and query.device.type == "cpu" and not wants_probs:
+            mixed = attend_side_by_side(query, entries[:, 0], attention_mask, self.kv_lora_rank)  # [B, H * S, C]
+        else:
+            if entries is not None:
+                scores = query @ entries[:, 0].transpose(1, 2)  # [B, H * S, T]
+            else:
+                q_latent, q_rope = query.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+                scores = q_latent @ latent[:, 0].transpose(1, 2)  # [B, H * S, T]
+                scores.baddbmm_(q_rope, k_rope[:, 0].transpose(1, 2))  # in place: no copy of the scores
+            scores = _masked(scores.view(batch, heads, length, -1), attention_mask)  # [B, H, S, T]
+            probs = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
+            mixed = probs.flatten(1, 2) @ latent[:, 0]  # [B, H * S, C]
+        mixed = mixed.view(batch, heads, length, -1)  # [B, H, S, C]
+        return _per_head(mixed, w_uv.transpose(1, 2)).transpose(1, 2), probs  # [B, S, H, Dv]
 
     def _blockwise(self, q_nope, q_rope, latent, k_rope, attention_mask):
         """As `_absorbed`, by expanding one block of keys at a time -> [B, S, H, Dv], None"""
@@ -414,6 +427,58 @@ class DeepseekMLA(nn.Module):
             if cache_layer is not None:
                 cache_layer.kv_b_weight = weight
         return weight
+
+
+def _per_head(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """states [B, H, S, X], a matrix for each head [H, X, Y], read once for all rows -> [B, H, S, Y]"""
+    batch, _, length, _ = states.shape
+    product = states.transpose(0, 1).flatten(1, 2) @ weight  # [H, B * S, Y]
+    return product.view(-1, batch, length, weight.shape[-1]).transpose(0, 1)
+
+
+@torch.compiler.assume_constant_result
+def _count_threads() -> int:
+    return torch.get_num_threads()
+
+
+def attend_side_by_side(
+    query: torch.Tensor, entries: torch.Tensor, mask: torch.Tensor | None, value_width: int
+) -> torch.Tensor:
+    """Attention on a CPU to keys that begin with their values; each is read once, and no scores are kept.
+
+    Each thread gets a part of the keys (the kernel by itself would give one thread all of them); the parts' outputs are
+    joined by their logarithms of sums of exponentials.
+
+    Args:
+        query: [B, R, W], scaled; R rows of whatever heads and tokens.
+        entries: [B, T, W].
+        mask: [B, 1, 1, T] for all rows, bool (false is hidden) or float (added); None where nothing is hidden.
+
+    Returns:
+        [B, R, value_width]
+    """
+    batch, num_keys, width = entries.shape
+    parts = min(_count_threads(), num_keys)
+    even = num_keys - num_keys % parts
+    if mask is not None and mask.dtype == torch.bool:
+        # not -inf: a part may hide all its keys
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    outputs, sums = [], []
+    for start, stop, number in ((0, even, parts), (even, num_keys, 1)):
+        if start == stop:
+            continue
+        keys = entries[:, start:stop].view(batch, number, -1, width)  # [B, parts, T / parts, W]
+        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, None].expand(-1, number, -1, -1),
+            keys,
+            keys,
+            attn_mask=None if mask is None else mask[..., start:stop].reshape(-1, number, 1, keys.shape[2]),
+            scale=1.0,
+        )
+        outputs.append(output)  # [B, parts, R, W]
+        sums.append(log_sum)  # [B, parts, R]
+    shares = torch.cat(sums, dim=1).softmax(dim=1)[..., None]
+    return (torch.cat(outputs, dim=1) * shares).sum(dim=1)[..., :value_width].to(query.dtype)
 
 
 ATTENTION_CLASSES = {"gqa": DeepseekAttention, "mla": DeepseekMLA, "nsa": DeepseekNSA}
@@ -781,7 +846,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         """An empty cache layer of the kind this model's attention wants."""
         if self.config.attention_kind == "nsa":
             return NSACacheLayer(window=self.config.nsa_window_size, block=self.config.nsa_compress_block_size)
-        return GrowingLayer() if self.config.index_topk is None else IndexedLayer()
+        if self.config.attention_kind == "gqa":
+            return GrowingLayer()
+        return LatentLayer() if self.config.index_topk is None else IndexedLayer()
 
     def _indexer_learns(self) -> bool:
         indexer = self.layers[0].self_attn.indexer

@@ -153,18 +153,18 @@ class DeepseekExperts(nn.Module):
         if torch.compiler.is_compiling():  # the loop below depends on the data, which cannot be one graph
             return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         num_tokens, top_k = top_k_index.shape
-        # Once, not at each use: under LoRA each access to a parameter builds base + update for all experts, and in
-        # training each indexing makes a gradient as large as all experts.
-        gate_up_proj, down_proj = self.gate_up_proj.unbind(), self.down_proj.unbind()  # E of [2F, D], [D, F]
+        # Once, not at each use: under LoRA each access to a parameter builds base + update for all experts.
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # [E, 2F, D], [E, D, F]
+        if num_tokens == 1:  # decoding: nothing to sort
+            return self._run_one_token(
+                hidden_states, top_k_index[0].tolist(), top_k_weights[0], gate_up_proj, down_proj
+            )
+        # At once, too: in training each indexing makes a gradient as large as all experts.
+        gate_up_proj, down_proj = gate_up_proj.unbind(), down_proj.unbind()  # E of [2F, D], [D, F]
 
         def run(expert: int, rows: torch.Tensor) -> torch.Tensor:  # [n, D] -> [n, D]
             gate, up = F.linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
             return F.linear(self.act_fn(gate) * up, down_proj[expert])
-
-        if num_tokens == 1:  # decoding: nothing to sort
-            chosen = zip(top_k_index[0].tolist(), top_k_weights[0], strict=True)
-            outputs = [run(expert, hidden_states) * weight for expert, weight in chosen if expert < self.num_experts]
-            return torch.stack(outputs).sum(dim=0) if outputs else torch.zeros_like(hidden_states)
 
         order = top_k_index.flatten().argsort(stable=True)  # [N * P]; slots of other processes come last
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()[: self.num_experts]
@@ -177,6 +177,19 @@ class DeepseekExperts(nn.Module):
             if counts[expert]:
                 output.index_add_(0, rows_of, run(expert, inputs[expert]) * weights[expert])
         return output
+
+    def _run_one_token(self, hidden_states, experts: list[int], weights, gate_up_proj, down_proj) -> torch.Tensor:
+        """hidden_states [1, D], P experts and their weights [P] -> [1, D]; in as few operations as there may be"""
+        slots = [slot for slot, expert in enumerate(experts) if expert < self.num_experts]
+        if not slots:
+            return torch.zeros_like(hidden_states)
+        experts = [experts[slot] for slot in slots]
+        inner = torch.cat([F.linear(hidden_states, gate_up_proj[expert]) for expert in experts])  # [P, 2F]
+        gate, up = inner.chunk(2, dim=-1)  # [P, F] each
+        weights = weights if len(slots) == len(weights) else weights[slots]
+        inner = self.act_fn(gate) * up * weights[:, None]  # the projection is linear, so this may come before it
+        outputs = [F.linear(row, down_proj[expert]) for row, expert in zip(inner.split(1), experts, strict=True)]
+        return torch.stack(outputs).sum(dim=0)
 
 
 class DeepseekMoE(nn.Module):

@@ -6,6 +6,11 @@
 The model is V3-shaped: 4 layers, hidden 512, 16 heads, kv_lora_rank 256, rope 32, 16 experts of which a token visits
 4. Both implementations take turns in one process; memory is the peak resident size of a process that does one prefill.
 The caches are filled with random latents, so that no minutes go into prefilling them; time does not depend on values.
+"compiled" is our step as `generate` runs it over a static cache with torch.compile: the mask made outside, no more slots
+than the turn needs.
+
+Two floors: the bytes of the weights and latents that a token needs over the measured bandwidth, and the operations of
+attention over latents (2 (2C + Dr) for each head and token) over the speed of a large float32 product.
 Writes benchmarks/results/decode.json and decode.png.
 """
 
@@ -15,11 +20,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache, StaticCache
+from transformers.generation import CompileConfig
 from transformers.utils import logging
 
 from benchmarks.common import (
@@ -79,8 +86,36 @@ def filled_cache(model, length: int) -> DynamicCache:
     return cache
 
 
+def compiled_turn(model, context: int) -> Callable[[], None]:
+    """Decodes TOKENS_PER_TURN tokens behind `context` random ones in a static cache, as `generate` compiles it."""
+    cache = StaticCache(config=model.config, max_cache_len=context + TOKENS_PER_TURN)
+    model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+    generator = torch.Generator().manual_seed(0)
+    for layer in cache.layers:
+        layer.keys.normal_(generator=generator)
+        layer.values.normal_(generator=generator)
+    step = model.get_compiled_call(CompileConfig())
+    token, mask = torch.ones(1, 1, dtype=torch.long), torch.ones(1, context + TOKENS_PER_TURN, dtype=torch.long)
+
+    def turn():
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(context)
+        for i in range(TOKENS_PER_TURN):
+            positions = torch.tensor([[context + i]])
+            mask_of_step = model.create_masks_for_generate(
+                config=model.config,
+                inputs_embeds=torch.empty(1, 1, 0),
+                attention_mask=mask,
+                past_key_values=cache,
+                position_ids=positions,
+            )
+            step(input_ids=token, attention_mask=mask_of_step, position_ids=positions, past_key_values=cache)
+
+    return turn
+
+
 @torch.no_grad()
-def decode(models: dict, bandwidth: float) -> list[dict]:
+def decode(models: dict, bandwidth: float, operations: float) -> list[dict]:
     """Milliseconds a decoded token at each context length."""
     rows = []
     active = active_parameters(models["ours"])
@@ -92,17 +127,27 @@ def decode(models: dict, bandwidth: float) -> list[dict]:
             for _ in range(TOKENS_PER_TURN):
                 models[name](token, past_key_values=caches[name])
 
-        turns = {name: partial(turn, name) for name in models}
+        turns = {name: partial(turn, name) for name in models} | {"compiled": compiled_turn(models["ours"], context)}
         seconds = interleave(turns, repeats=max(4, 2**15 // context))
         per_token = {name: [t / TOKENS_PER_TURN for t in times] for name, times in seconds.items()}
         row = {"context": context, **summarise(per_token, "native")}
-        latents = context * CONFIG["num_hidden_layers"] * (CONFIG["kv_lora_rank"] + CONFIG["qk_rope_head_dim"])
-        row["floor_ms"] = round(4 * (active + latents) / bandwidth * 1e3, 3)
+        latent = CONFIG["kv_lora_rank"], CONFIG["qk_rope_head_dim"]
+        entries = context * CONFIG["num_hidden_layers"]
+        row["floor_ms"] = round(4 * (active + entries * sum(latent)) / bandwidth * 1e3, 3)
+        attention = 2 * (2 * latent[0] + latent[1]) * CONFIG["num_attention_heads"] * entries
+        row["attention_floor_ms"] = round(attention / operations * 1e3, 3)
         rows.append(row)
         print(json.dumps(row), flush=True)
         del caches, turn, turns
         gc.collect()
+        torch._dynamo.reset()
     return rows
+
+
+def measure_operations(size: int = 2048) -> float:
+    """Float32 operations a second in the product of two square matrices, the best of ten."""
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    return 2 * size**3 / min(interleave({"product": lambda: left @ right}, repeats=10)["product"])
 
 
 def active_parameters(model) -> int:
@@ -173,6 +218,7 @@ def plot(rows: list[dict], path: Path):
     for name, label, colour in (
         ("native", "transformers DeepseekV3", "#b2524c"),
         ("ours", "this repository", "#2f6f9f"),
+        ("compiled", "this repository, torch.compile", "#6fa84f"),
     ):
         axes.plot(contexts, [row[name]["median_ms"] for row in rows], "o-", label=label, color=colour)
     axes.plot(contexts, [row["floor_ms"] for row in rows], "k--", lw=1, label="floor: bytes read / memory bandwidth")
@@ -206,10 +252,15 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), CONFIG)
         models = {name: load(folder).eval() for name, load in LOADERS.items()}
-        bandwidth = measure_bandwidth()
-        results = {"machine": describe_machine(), "bandwidth_gb_per_s": round(bandwidth / 1e9, 1), "config": CONFIG}
+        bandwidth, operations = measure_bandwidth(), measure_operations()
+        results = {
+            "machine": describe_machine(),
+            "bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
+            "gflop_per_s": round(operations / 1e9),
+            "config": CONFIG,
+        }
         parts = {
-            "decode": lambda: decode(models, bandwidth),
+            "decode": lambda: decode(models, bandwidth, operations),
             "prefill": lambda: (
                 prefill(models, arguments.tokens) | {"peak_memory": peak_memory(folder, arguments.tokens)}
             ),

@@ -67,7 +67,7 @@ def test_int8(tmp_path):
     loaded = model.load_prefix(tmp_path / "prefix.safetensors", int8=True)
     expected = model.generate(**prefix.extend(more), **RECORD, **GREEDY)
     assert torch.equal(logits(model.generate(**loaded.extend(more), **RECORD, **GREEDY)), logits(expected))
-    with pytest.raises(ValueError, match="GrowingLayer"):
+    with pytest.raises(ValueError, match="LatentLayer"):
         model.load_prefix(tmp_path / "prefix.safetensors")
 
 

@@ -1,14 +1,14 @@
-"""`GrowingLayer` does what transformers' `DynamicLayer` does, whatever the order of operations, but copies less."""
+"""Our cache layers do what transformers' do, whatever the order of operations, but copy less."""
 
 import copy
 
 import pytest
 import torch
-from deepseek_repo.cache_deepseek import GrowingLayer, use_growing_layers
+from deepseek_repo.cache_deepseek import GrowingLayer, LatentLayer, StaticLatentLayer, use_growing_layers
 from hypothesis import given, settings, strategies as st
 from tiny import make_model, make_tokens
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 operations = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([1, 1, 1, 2, 5, 40, 300])),
@@ -22,10 +22,10 @@ operations = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(operations, min_size=1, max_size=15))
-def test_equals_dynamic_layer(sequence):
-    ours, reference = GrowingLayer(), DynamicLayer()
+@settings(max_examples=250, deadline=None)
+@given(st.sampled_from([GrowingLayer, LatentLayer]), st.lists(operations, min_size=1, max_size=15))
+def test_equals_dynamic_layer(make_layer, sequence):
+    ours, reference = make_layer(), DynamicLayer()
     generator = torch.Generator().manual_seed(0)
     batch = 2
     for operation, amount in sequence:
@@ -57,7 +57,7 @@ def test_equals_dynamic_layer(sequence):
             ours.reset()
             reference = DynamicLayer()
             if ours.get_seq_length():
-                ours = GrowingLayer()
+                ours = make_layer()
             batch = 2
         elif operation == "deepcopy" and length and not ours.keys.requires_grad:
             ours, other = copy.deepcopy(ours), ours
@@ -69,14 +69,16 @@ def test_equals_dynamic_layer(sequence):
             assert torch.equal(ours.values, reference.values)
 
 
-def test_appending_copies_little():
-    layer, addresses = GrowingLayer(), set()
+@pytest.mark.parametrize("make_layer", [GrowingLayer, LatentLayer])
+def test_appending_copies_little(make_layer):
+    layer, addresses = make_layer(), set()
     for _ in range(1000):
         keys, _ = layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
         addresses.add(keys.data_ptr())
     assert layer.get_seq_length() == 1000
     assert len(addresses) <= 6, "the past moved too often"
-    assert layer.keys.untyped_storage().nbytes() <= 4 * 4 * (1000 * 1.5 + 256), "too much spare room"
+    width = 4 if make_layer is GrowingLayer else 8  # keys and values in one buffer
+    assert layer.keys.untyped_storage().nbytes() <= 4 * width * (1000 * 1.5 + 256), "too much spare room"
 
 
 def test_gradients_flow_through_the_past():
@@ -91,18 +93,51 @@ def test_gradients_flow_through_the_past():
         assert torch.allclose(keys.grad, 2 * times * keys)
 
 
-def test_model_puts_growing_layers_into_a_plain_cache():
-    model = make_model("v3")
+@pytest.mark.parametrize(("family", "kind"), [("deepseek", GrowingLayer), ("v3", LatentLayer)])
+def test_model_puts_growing_layers_into_a_plain_cache(family, kind):
+    model = make_model(family)
     for cache in (DynamicCache(config=model.config), DynamicCache()):
         model(make_tokens(1, 4), past_key_values=cache)
-        assert [type(layer) for layer in cache.layers] == [GrowingLayer] * 3
+        assert [type(layer) for layer in cache.layers] == [kind] * len(cache.layers)
+
+
+def test_latents_lie_side_by_side():
+    """Whatever was done to the two halves, `entries` is both of them or nothing."""
+    layer = LatentLayer()
+    assert layer.entries is None
+    for change in (
+        lambda: None,
+        lambda: layer.crop(-1),
+        lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda: layer.batch_select_indices(torch.tensor([0])),
+    ):
+        rows = len(layer.keys) if layer.is_initialized else 2
+        keys, values = layer.update(torch.randn(rows, 1, 3, 5), torch.randn(rows, 1, 3, 2))
+        assert torch.equal(layer.entries, torch.cat((keys, values), dim=-1))
+        change()
+        assert layer.entries is None or torch.equal(layer.entries, torch.cat((layer.keys, layer.values), dim=-1))
+
+
+def test_static_latents_equal_a_static_layer():
+    layer, reference = StaticLatentLayer(16), StaticLayer(16)
+    for count in (5, 1, 1, 4):
+        states = torch.randn(2, 1, count, 6), torch.randn(2, 1, count, 3)
+        for mine, other in zip(layer.update(*states), reference.update(*states), strict=True):
+            assert torch.equal(mine, other)
+    assert layer.get_seq_length() == reference.get_seq_length() == 11
+    for one in (layer, reference):
+        one.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(layer.entries, torch.cat((reference.keys, reference.values), dim=-1))
+    layer.reset()
+    assert not layer.entries.any()
+    assert layer.get_seq_length() == 0
 
 
 def test_other_caches_are_left_alone():
     model = make_model("v3")
     static = StaticCache(config=model.config, max_cache_len=8)
     before = [type(layer) for layer in static.layers]
-    use_growing_layers(static)
+    use_growing_layers(static)  # by default not for latents
     assert [type(layer) for layer in static.layers] == before
     filled = DynamicCache()
     filled.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
