@@ -27,13 +27,33 @@ from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
-from transformers.generation.logits_process import SynthIDTextWatermarkLogitsProcessor
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 from transformers.utils import logging
 
 from .cache_deepseek import Int8Layer, move_tokens, take_back
 from .prefix_deepseek import Prefix, describe_model, read_prefix
 
 _CHUNK = 1024  # tokens of a chunk of `prefill`
+
+# Processors that look at the scores of a place and at nothing else, so that all places may go in one call.
+_PLACE_WISE = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
 
 
 class RowCache:
@@ -403,7 +423,7 @@ class Speculation:
         # where p and q differ by rounding only, nothing is left
         rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, target)
         tokens = nn.functional.pad(drafts, (0, 1))
-        tokens[self.each, matches] = torch.multinomial(rest, num_samples=1)[:, 0]
+        tokens[self.each, matches] = _draw(rest)
         return tokens, matches
 
     def _choose(self, number: int, logits: torch.Tensor) -> torch.Tensor:
@@ -411,7 +431,7 @@ class Speculation:
         scores = self._process(logits[:, None].to(self.ids.device, torch.float32), first=number)[:, 0]
         if self.config.do_sample:
             self.draft_probs.append(scores.softmax(dim=-1))
-            tokens = torch.multinomial(self.draft_probs[-1], num_samples=1)[:, 0]
+            tokens = _draw(self.draft_probs[-1])
         else:
             tokens = scores.argmax(dim=-1)
         self.ids[self.each, torch.tensor(self.lengths, device=self.ids.device) + number] = tokens
@@ -420,10 +440,15 @@ class Speculation:
     def _process(self, logits: torch.Tensor, first: int) -> torch.Tensor:
         """logits [B, n, V] of the tokens that follow the first lengths[b] + first, + 1, ... -> their scores
 
-        Processors want rows of one length, and some count them: so one call for each length that occurs.
+        Most processors want rows of one length, and some count them: so one call for each length that occurs.
         """
         if not self.processor:
             return logits
+        if all(type(one) in _PLACE_WISE for one in self.processor):
+            scores = logits.flatten(0, 1)  # [B * n, V]
+            for one in self.processor:
+                scores = one(self.ids, scores)
+            return scores.view(logits.shape)
         scores, count = logits.clone(), logits.shape[1]
         starts = [length + first for length in self.lengths]
         wanted = {start + i for start, active in zip(starts, self.active, strict=True) if active for i in range(count)}
@@ -499,6 +524,17 @@ class Speculation:
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(states).to(self.ids.device, torch.float32)
+
+
+def _draw(weights: torch.Tensor) -> torch.Tensor:
+    """One index for each row of weights [B, V], with probability in their proportion -> [B]
+
+    torch.multinomial draws a random number for each of the V; one is enough. In float64, so that the end of the sum is
+    never met.
+    """
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    drawn = torch.rand_like(sums[:, :1]) * sums[:, -1:]
+    return torch.searchsorted(sums, drawn, right=True)[:, 0]  # the first sum above: its weight is not zero
 
 
 class DeepseekGenerationMixin(GenerationMixin):

@@ -7,6 +7,7 @@ Shape letters: B batch, S tokens of a row, N = B * S tokens, D hidden size, E ro
 P experts per token, F inner width of an expert.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from transformers.utils.generic import maybe_autocast
 
 from .layers_deepseek import DeepseekMLP
+
+_FEW_TOKENS = 32  # up to so many, experts run with as few operations as there may be
 
 # ---------------------------------------------------------------------------------------------------------------
 # Routing: scores -> selection -> weights
@@ -155,10 +158,8 @@ class DeepseekExperts(nn.Module):
         num_tokens, top_k = top_k_index.shape
         # Once, not at each use: under LoRA each access to a parameter builds base + update for all experts.
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # [E, 2F, D], [E, D, F]
-        if num_tokens == 1:  # decoding: nothing to sort
-            return self._run_one_token(
-                hidden_states, top_k_index[0].tolist(), top_k_weights[0], gate_up_proj, down_proj
-            )
+        if num_tokens <= _FEW_TOKENS:
+            return self._run_few(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
         # At once, too: in training each indexing makes a gradient as large as all experts.
         gate_up_proj, down_proj = gate_up_proj.unbind(), down_proj.unbind()  # E of [2F, D], [D, F]
 
@@ -178,18 +179,22 @@ class DeepseekExperts(nn.Module):
                 output.index_add_(0, rows_of, run(expert, inputs[expert]) * weights[expert])
         return output
 
-    def _run_one_token(self, hidden_states, experts: list[int], weights, gate_up_proj, down_proj) -> torch.Tensor:
-        """hidden_states [1, D], P experts and their weights [P] -> [1, D]; in as few operations as there may be"""
-        slots = [slot for slot, expert in enumerate(experts) if expert < self.num_experts]
+    def _run_few(self, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj) -> torch.Tensor:
+        """The same for decoding, where operations are small and it counts how many they are: two for each expert."""
+        top_k = top_k_index.shape[1]
+        slots = sorted((e, slot) for slot, e in enumerate(top_k_index.flatten().tolist()) if e < self.num_experts)
         if not slots:
             return torch.zeros_like(hidden_states)
-        experts = [experts[slot] for slot in slots]
-        inner = torch.cat([F.linear(hidden_states, gate_up_proj[expert]) for expert in experts])  # [P, 2F]
-        gate, up = inner.chunk(2, dim=-1)  # [P, F] each
-        weights = weights if len(slots) == len(weights) else weights[slots]
-        inner = self.act_fn(gate) * up * weights[:, None]  # the projection is linear, so this may come before it
-        outputs = [F.linear(row, down_proj[expert]) for row, expert in zip(inner.split(1), experts, strict=True)]
-        return torch.stack(outputs).sum(dim=0)
+        counts = Counter(expert for expert, _ in slots)  # tokens of each expert, in the order of `slots`
+        order = torch.tensor([slot for _, slot in slots], device=hidden_states.device)
+        token = order // top_k
+        inputs = hidden_states[token].split(tuple(counts.values()))  # [n, D] each
+        inner = torch.cat([F.linear(rows, gate_up_proj[e]) for rows, e in zip(inputs, counts, strict=True)])
+        gate, up = inner.chunk(2, dim=-1)  # [slots, F] each
+        # The weights come before the projection, which is linear.
+        inner = (self.act_fn(gate) * up * top_k_weights.flatten()[order, None]).split(tuple(counts.values()))
+        outputs = torch.cat([F.linear(rows, down_proj[e]) for rows, e in zip(inner, counts, strict=True)])
+        return torch.zeros_like(hidden_states).index_add_(0, token, outputs)
 
 
 class DeepseekMoE(nn.Module):
