@@ -369,9 +369,25 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLaye
     """Lets the still empty `DynamicLayer`s of a cache grow in place; other layers (static, quantised) stay.
 
     `generate` and users make plain `DynamicCache`s; this is called on them by the model's forward.
+
+    Raises:
+        ValueError: the cache is an offloading one, and there is no CUDA device or no layer that could be offloaded.
     """
-    if cache is None or getattr(cache, "offloading", False):
-        return  # offloading moves whole layers between devices at each step, so nothing is gained
+    if cache is None:
+        return
+    if getattr(cache, "offloading", False):
+        # It moves whole layers between devices at each step, so that nothing is gained by growing in place.
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "An offloaded cache (`cache_implementation='offloaded'`) moves layers between a CUDA device and main "
+                "memory, and there is no CUDA device here. Leave it out, or use `model.int8_cache()`."
+            )
+        if isinstance(make_layer(), (NSACacheLayer, IndexedLayer)):
+            raise ValueError(
+                "Sparse attention keeps more than keys and values, which transformers' offloaded cache does not move. "
+                "Leave `cache_implementation` out."
+            )
+        return
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = make_layer
     for i, layer in enumerate(cache.layers):

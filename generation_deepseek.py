@@ -610,6 +610,11 @@ class DeepseekGenerationMixin(GenerationMixin):
             raise ValueError("`pad_token_id` is not set, and rows may end at different lengths. Set `pad_token_id`.")
         if any(isinstance(one, SynthIDTextWatermarkLogitsProcessor) for one in logits_processor):
             raise ValueError("SynthID's watermark counts its calls, and does not go with `mtp_tokens`.")
+        if getattr(model_kwargs["past_key_values"], "offloading", False):
+            raise ValueError(
+                "`mtp_tokens` does not go with an offloaded cache: tokens taken back could still be on their way between "
+                "the devices. Leave `cache_implementation` or `mtp_tokens` out, or use `model.int8_cache()`."
+            )
         return Speculation(self, *arguments, model_kwargs).run(streamer)
 
     @torch.no_grad()

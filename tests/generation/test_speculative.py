@@ -388,6 +388,8 @@ class TestSettings:
             ({"guidance_scale": 2.0}, "guidance_scale"),
             ({"synced_gpus": True}, "synced_gpus"),
             ({"streamer": object()}, "streamer"),
+            ({"cache_implementation": "offloaded"}, "offloaded cache"),
+            ({"cache_implementation": "offloaded_static"}, "offloaded cache"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -410,6 +412,24 @@ class TestSettings:
         model, batch = mtp_model("v3"), padded_batch()
         settings = {**GREEDY, "logits_processor": LogitsProcessorList([Writes()])}
         assert torch.equal(model.generate(**batch, mtp_tokens=2, **settings), model.generate(**batch, **settings))
+
+    def test_place_wise_processors_go_in_one_call(self, monkeypatch):
+        """One call for all places gives what one call for each length gives."""
+        settings = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+        drawn = []
+        for place_wise in (generation._PLACE_WISE, ()):
+            monkeypatch.setattr(generation, "_PLACE_WISE", place_wise)
+            torch.manual_seed(0)
+            drawn.append(mtp_model("v3").generate(**padded_batch(), mtp_tokens=3, **settings))
+        assert torch.equal(*drawn)
+
+    def test_draws_in_proportion(self):
+        torch.manual_seed(0)
+        weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 4.0, 0.0])
+        drawn = generation._draw(weights.expand(40_000, -1))
+        shares = drawn.bincount(minlength=6) / len(drawn)
+        assert torch.allclose(shares, weights / 8, atol=0.01)
+        assert shares[weights == 0].sum() == 0
 
     def test_lora_and_other_weights(self):
         """Drafts come from the module as it is now, whatever happened to the weights."""
