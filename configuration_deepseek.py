@@ -189,6 +189,8 @@ class DeepseekConfig(PreTrainedConfig):
         attention_dropout: dropout on attention probabilities.
         hidden_act, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings: as in transformers.
         mlp_bias: accepted from Llama configs; must be false, DeepSeek has no such biases.
+        separate_experts: how experts lie in memory: as one module each, which libraries that quantise Linear layers see, or
+            stacked. `None`: as modules where weights are quantised. Not saved, the files are the same.
 
     Raises:
         ValueError: for a combination that no DeepSeek model can have; it names the field, its value, what is allowed
@@ -261,6 +263,7 @@ class DeepseekConfig(PreTrainedConfig):
         mtp_loss_weight: float = 0.3,
         index_loss_weight: float = 1.0,
         index_warmup: bool = False,
+        separate_experts: bool | None = None,
         rope_parameters: dict | None = None,
         rope_scaling: dict | None = None,
         rope_theta: float | None = None,
@@ -292,6 +295,7 @@ class DeepseekConfig(PreTrainedConfig):
         self.mtp_loss_weight = mtp_loss_weight
         self.index_loss_weight = index_loss_weight
         self.index_warmup = index_warmup
+        self.separate_experts = separate_experts
         if self.checkpoint_model_type == "deepseek_nsa":
             attention_kind = attention_kind or "nsa"
         self.attention_kind = attention_kind or ("gqa" if self.kv_lora_rank is None else "mla")
@@ -512,7 +516,7 @@ class DeepseekConfig(PreTrainedConfig):
             prefix = _ARCHITECTURE_PREFIX[self.checkpoint_model_type]
             output["architectures"] = [_publish_architecture(name, prefix) for name in output["architectures"]]
 
-        for derived in ("attention_kind", "mlp_bias"):
+        for derived in ("attention_kind", "mlp_bias", "separate_experts"):
             output.pop(derived, None)
         if self.index_topk is None:
             for name in (*_V32_INDEXER, "index_loss_weight", "index_warmup"):

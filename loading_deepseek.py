@@ -43,6 +43,15 @@ def register_expert_conversion(model_type: str):
     register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
 
 
+def is_quantised(config, quantization_config) -> bool:
+    """Whether a library will quantise Linear layers, or has done so in the checkpoint; block-scaled FP8 is not meant."""
+    quantization = quantization_config or getattr(config, "quantization_config", None)
+    if quantization is None:
+        return False
+    as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return as_dict.get("quant_method") != "fp8"
+
+
 def ignored_mtp_keys(config) -> set[str]:
     """Patterns of keys that a checkpoint may have and the model does without.
 

@@ -49,6 +49,7 @@ from .loading_deepseek import (
     dequantised_state_dict,
     explain_loading_error,
     ignored_mtp_keys,
+    is_quantised,
     one_tensor_at_a_time,
     pop_block_fp8,
     register_expert_conversion,
@@ -290,7 +291,7 @@ class DeepseekMLA(nn.Module):
     def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, 1, S, C], [B, 1, S, Dr] -> keys [B, H, S, Dn + Dr], values [B, H, S, Dv]"""
         batch, _, length, _ = latent.shape
-        expanded = self.kv_b_proj(latent).view(batch, length, -1, self.qk_nope_head_dim + self.v_head_dim)
+        expanded = self.kv_b_proj(latent[:, 0]).view(batch, length, -1, self.qk_nope_head_dim + self.v_head_dim)
         k_nope, value = expanded.transpose(1, 2).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=-1
         )  # [B, H, S, .]
@@ -418,8 +419,10 @@ class DeepseekMLA(nn.Module):
         """
         if type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta:
             weight = self.kv_b_proj.weight
-            # tensor parallel: this process's heads
-            return weight.to_local() if hasattr(weight, "to_local") else weight
+            if hasattr(weight, "to_local"):
+                return weight.to_local()  # tensor parallel: this process's heads
+            if type(weight) is nn.Parameter:  # and not one of torchao's
+                return weight
         weight = getattr(cache_layer, "kv_b_weight", None)
         if weight is None or torch.is_grad_enabled():
             identity = torch.eye(self.kv_lora_rank, dtype=latent.dtype, device=latent.device)
@@ -625,11 +628,15 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(target_class=None, index=1, class_name="self_attn"),
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
+    _keep_in_fp32_modules = [r".*indexer\.weights_proj"]  # quantisers leave these alone
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj", "indexer.k_norm"]
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
+        if config.separate_experts:
+            config.model_type = f"{self.config_class.model_type}_separate"  # for which no rule stacks experts
+            self._can_compile_fullgraph = False  # which experts run depends on the data
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -651,6 +658,13 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         config = copy.deepcopy(config)
+        if config.separate_experts is None:
+            config.separate_experts = is_quantised(config, kwargs.get("quantization_config"))
+        if config.separate_experts and (kwargs.get("tp_plan") or kwargs.get("distributed_config")):
+            raise ValueError(
+                "`separate_experts` (which quantised weights imply) does not go with tensor or expert parallelism, whose "
+                "plans are for stacked experts. Use `device_map`, or pass separate_experts=False."
+            )
         files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
         if files.shard_of and not any(f"layers.{config.num_hidden_layers}." in name for name in files.shard_of):
             config.num_nextn_predict_layers = 0

@@ -197,13 +197,35 @@ class DeepseekExperts(nn.Module):
         return torch.zeros_like(hidden_states).index_add_(0, token, outputs)
 
 
+class DeepseekSeparateExperts(nn.ModuleList):
+    """E gated MLPs as a module each: what libraries that quantise Linear layers, or prune or trace them, expect.
+
+    The names are those of the files, so nothing is converted. Experts without tokens take no part in a forward.
+    """
+
+    def __init__(self, config):
+        super().__init__(DeepseekMLP(config, config.moe_intermediate_size) for _ in range(config.n_routed_experts))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `DeepseekExperts.forward`."""
+        order = top_k_index.flatten().argsort(stable=True)  # [N * P]
+        counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
+        token = order // top_k_index.shape[1]
+        inputs = hidden_states[token].split(counts)  # E of [n, D]
+        outputs = [expert(rows) for expert, rows in zip(self, inputs, strict=True) if len(rows)]
+        weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
+        return torch.zeros_like(hidden_states).index_add_(0, token, weighted)
+
+
 class DeepseekMoE(nn.Module):
     """h + sum_i w_i expert_i(h) over the routed choice + shared(h); the residual is added by the decoder layer."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.gate = DeepseekRouter(config, layer_idx)
-        self.experts = DeepseekExperts(config)
+        self.experts = DeepseekSeparateExperts(config) if config.separate_experts else DeepseekExperts(config)
         self.shared_experts = (
             DeepseekMLP(config, config.moe_intermediate_size * config.n_shared_experts)
             if config.n_shared_experts

@@ -135,9 +135,12 @@ def describe_model(model) -> dict[str, str]:
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta and tensor.numel():
-            sample = tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLES)]
-            weights.update(str(sample.double().tolist()).encode())
+        # one of torchao's holds numbers and scales
+        parts = [getattr(tensor, part) for part in getattr(tensor, "tensor_data_names", ())] or [tensor]
+        for part in parts:
+            if not part.is_meta and part.numel():
+                sample = part.detach().flatten()[:: max(1, part.numel() // _SAMPLES)]
+                weights.update(str(sample.double().tolist()).encode())
     return {
         "dtype": str(model.dtype),
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),

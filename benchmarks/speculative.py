@@ -36,7 +36,7 @@ CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 
 def measure(model, prompts: list[dict], settings: dict, new_tokens: int, repeats: int) -> dict:
     """-> for each number of drafts: milliseconds for all prompts, speed-up, acceptance"""
-    rounds, drafted, accepted = ({drafts: 0 for drafts in DRAFTS} for _ in range(3))
+    rounds, drafted, accepted = (dict.fromkeys(DRAFTS, 0) for _ in range(3))
 
     def generate(drafts: int):
         torch.manual_seed(0)

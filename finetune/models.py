@@ -50,6 +50,7 @@ def load_model(
     more = {} if attention is None else {"attn_implementation": attention}
     if quantise != "none":
         more["quantization_config"] = quantisation_config(quantise)
+        config.separate_experts = False  # LoRA's targets, ESFT and merging are for stacked ones
     model = AutoModelForCausalLM.from_pretrained(model_dir, config=config, trust_remote_code=True, dtype=dtype, **more)
     return model, tokenizer
 
