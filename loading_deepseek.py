@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_kernels_available, logging
 
 logger = logging.get_logger(__name__)
 
@@ -186,6 +186,24 @@ class DequantisedSlice:
         for i, rows in enumerate(matrix.split(self.block_rows)):
             rows *= scales[i]
         return matrix[index]
+
+
+def hardware_has_fp8(device_map) -> bool:
+    """Whether transformers' FP8 layers would run where the weights go: all on CUDA devices with FP8 arithmetic (compute
+    capability 8.9 and later), with the `kernels` package that fetches the kernels."""
+    places = device_map.values() if isinstance(device_map, dict) else (device_map,)
+    if any(place is None or str(place) in ("cpu", "disk", "meta") for place in places):
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9) and is_kernels_available()
+
+
+def keep_unscaled_layers(config, files: CheckpointFiles):
+    """Tells transformers which layers of an FP8 checkpoint have no scales: output head, `eh_proj`, ..."""
+    suffix = ".weight_scale_inv"
+    scaled = {name.removesuffix(suffix).rsplit(".", 1)[-1] for name in files.shard_of if name.endswith(suffix)}
+    names = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in files.shard_of if name.endswith(".weight")}
+    # with the end of the name, since "gate" is also how "gate_proj" begins
+    config.quantization_config["modules_to_not_convert"] = [rf"(.*\.)?{name}$" for name in sorted(names - scaled)]
 
 
 def pop_block_fp8(config) -> tuple[int, int] | None:

@@ -48,8 +48,10 @@ from .loading_deepseek import (
     default_dtype,
     dequantised_state_dict,
     explain_loading_error,
+    hardware_has_fp8,
     ignored_mtp_keys,
     is_quantised,
+    keep_unscaled_layers,
     one_tensor_at_a_time,
     pop_block_fp8,
     register_expert_conversion,
@@ -641,7 +643,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As in transformers; besides, checks the files first, does without multi-token-prediction weights that a
-        checkpoint lacks, dequantises block-scaled FP8, picks float32 on CPUs that have no bfloat16 arithmetic, and reads
+        checkpoint lacks, dequantises block-scaled FP8 (but keeps it on GPUs that have such arithmetic), picks float32 on CPUs that have no bfloat16 arithmetic, and reads
         pickled weights only if `use_safetensors` is False.
 
         Raises:
@@ -673,15 +675,22 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
             kwargs["dtype"] = default_dtype(config, kwargs.get("device_map"))
         source, reading = {"pretrained_model_name_or_path": pretrained_model_name_or_path}, nullcontext()
-        if block_size := pop_block_fp8(config):
+        quantization, block_size = getattr(config, "quantization_config", None), pop_block_fp8(config)
+        keeps_fp8 = block_size is not None and hardware_has_fp8(kwargs.get("device_map"))
+        if keeps_fp8:
+            config.quantization_config = dict(quantization)
+            keep_unscaled_layers(config, files)
+        elif block_size:
             state_dict = dequantised_state_dict(files, block_size)
             source = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
             reading = one_tensor_at_a_time()
         with explain_loading_error(pretrained_model_name_or_path), reading:
             loaded = super().from_pretrained(*model_args, config=config, **source, **kwargs)
-        if block_size:
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if keeps_fp8:
+            model.config.quantization_config.modules_to_not_convert = quantization.get("modules_to_not_convert")
+        elif block_size:
             # Loaded from tensors, so what else transformers finds by the path is still to be done.
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
             if model.can_generate() and files.find("generation_config.json") is not None:
                 model.generation_config = GenerationConfig.from_pretrained(

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 from checks import assert_close, run_python
+from deepseek_repo import loading_deepseek, modeling_deepseek
+from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.integrations import finegrained_fp8
 
 BLOCK = 128
 LARGEST_E4M3 = 448.0
@@ -105,6 +108,68 @@ def test_unknown_block_size_is_an_error(fp8_checkpoint):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"weight_block_size.*\[128, 128\]"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "capability", "kernels", "kept"),
+    [
+        ("cuda", (9, 0), True, True),
+        ("auto", (8, 9), True, True),
+        ({"": 0}, (9, 0), True, True),
+        ("cuda", (8, 6), True, False),
+        ("cuda", (9, 0), False, False),
+        ("cuda", None, True, False),
+        (None, (9, 0), True, False),
+        ("cpu", (9, 0), True, False),
+        ({"model": 0, "lm_head": "cpu"}, (9, 0), True, False),
+    ],
+)
+def test_kept_where_the_hardware_has_it(monkeypatch, device_map, capability, kernels, kept):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(loading_deepseek, "is_kernels_available", lambda: kernels)
+    assert loading_deepseek.hardware_has_fp8(device_map) is kept
+
+
+def test_kept_in_transformers_own_layers(fp8_checkpoint, tmp_path, monkeypatch):
+    """As on a GPU with FP8, but the kernel is a float32 product with what the numbers mean."""
+
+    def product(x, weight, scale_inv, block_size, *arguments):
+        meant = weight.float()
+        for axis in (0, 1):
+            scale_inv = scale_inv.repeat_interleave(block_size[axis], dim=axis)
+        return x @ (meant * scale_inv[: weight.shape[0], : weight.shape[1]]).T
+
+    folder, meaning = fp8_checkpoint(moe_intermediate_size=BLOCK)  # gate and up must not share a block
+    original = load_file(folder / "model.safetensors")
+    expected = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    monkeypatch.setattr(modeling_deepseek, "hardware_has_fp8", lambda device_map: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(finegrained_fp8, "fp8_linear", product)
+    model = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    monkeypatch.undo()
+    monkeypatch.setattr(finegrained_fp8, "fp8_linear", product)
+
+    kept = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float8_e4m3fn}
+    assert {"model.layers.0.self_attn.kv_b_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"} <= kept
+    assert not any(part in name for part in KEPT for name in kept)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert_close(model(ids).logits, expected(ids).logits, "logits")
+        for one in (model, expected):
+            one.generation_config.pad_token_id = 2
+        settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(model.generate(ids, **settings), expected.generate(ids, **settings))
+
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == original.keys()
+    for name, tensor in original.items():
+        assert saved[name].dtype == tensor.dtype, name
+        assert torch.equal(saved[name].float(), tensor.float()), name
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert (written["quant_method"], written["weight_block_size"]) == ("fp8", [BLOCK, BLOCK])
 
 
 @pytest.mark.slow
