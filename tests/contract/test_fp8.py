@@ -134,7 +134,7 @@ def test_kept_where_the_hardware_has_it(monkeypatch, device_map, capability, ker
 def test_kept_in_transformers_own_layers(fp8_checkpoint, tmp_path, monkeypatch):
     """As on a GPU with FP8, but the kernel is a float32 product with what the numbers mean."""
 
-    def product(x, weight, scale_inv, block_size, *arguments):
+    def product(x, weight, scale_inv, block_size, *arguments, **kwargs):
         meant = weight.float()
         for axis in (0, 1):
             scale_inv = scale_inv.repeat_interleave(block_size[axis], dim=axis)
