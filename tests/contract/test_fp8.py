@@ -140,7 +140,7 @@ def test_kept_in_transformers_own_layers(fp8_checkpoint, tmp_path, monkeypatch):
             scale_inv = scale_inv.repeat_interleave(block_size[axis], dim=axis)
         return x @ (meant * scale_inv[: weight.shape[0], : weight.shape[1]]).T
 
-    folder, _ = fp8_checkpoint(moe_intermediate_size=BLOCK)  # gate and up must not share a block
+    folder, _ = fp8_checkpoint(moe_intermediate_size=2 * BLOCK)  # gate and up must not share a block
     original = load_file(folder / "model.safetensors")
     expected = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     monkeypatch.setattr(modeling_deepseek, "hardware_has_fp8", lambda device_map: True)
