@@ -154,7 +154,8 @@ class DeepseekAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), probs, None
+        output = output.reshape(*hidden_states.shape[:2], -1)  # vLLM's comes as [B * S, H * D]
+        return self.o_proj(output), probs, None
 
 
 class DeepseekMLA(nn.Module):
@@ -267,7 +268,21 @@ class DeepseekMLA(nn.Module):
             output, index_loss = self._selected(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, *index)
             probs = None
         elif not has_past:
-            output, probs = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
+            query, key, value = self._expanded(q_nope, q_rope, latent, k_rope)
+            # vLLM refuses attention in whose `forward`, as it is written, it does not find this call.
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            output, probs = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+            if value.shape[-1] > self.v_head_dim:
+                output = output[..., : self.v_head_dim]
         elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
             weight, entries = self._kv_b_weight(latent, cache_layer), getattr(cache_layer, "entries", None)
             wants_probs = kwargs.get("output_attentions") or torch.is_grad_enabled()
@@ -276,7 +291,8 @@ class DeepseekMLA(nn.Module):
             )
         else:
             output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
-        return self.o_proj(output.flatten(2)), probs, index_loss
+        output = output.reshape(*hidden_states.shape[:2], -1)  # vLLM's comes as [B * S, H * Dv]
+        return self.o_proj(output), probs, index_loss
 
     def _queries(self, query_input) -> tuple[torch.Tensor, torch.Tensor]:
         """-> q_nope [B, H, S, Dn], q_rope [B, H, S, Dr], not yet rotated"""
@@ -300,8 +316,8 @@ class DeepseekMLA(nn.Module):
         key = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         return key, value
 
-    def _expanded(self, q_nope, q_rope, latent, k_rope, attention_mask, **kwargs):
-        """Attention of S tokens among themselves by the chosen kernel -> [B, S, H, Dv], probabilities or None"""
+    def _expanded(self, q_nope, q_rope, latent, k_rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys [B, H, S, Dn + Dr] and values [B, H, S, Dv, or as wide as keys] of S tokens for the kernels"""
         query = torch.cat((q_nope, q_rope), dim=-1)  # [B, H, S, Dn + Dr]
         key, value = self._expand(latent, k_rope)
         implementation = self.config._attn_implementation
@@ -310,18 +326,7 @@ class DeepseekMLA(nn.Module):
         pad = "flash" in implementation or (implementation == "sdpa" and query.device.type == "cpu")
         if pad and self.v_head_dim < self.qk_head_dim:
             value = F.pad(value, (0, self.qk_head_dim - self.v_head_dim))  # [B, H, S, Dn + Dr]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, probs = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return output[..., : self.v_head_dim], probs
+        return query, key, value
 
     def _absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask, kv_b_weight, entries=None, wants_probs=True):
         """Attention over latents [B, 1, T, C] and keys [B, 1, T, Dr] as they lie in the cache -> [B, S, H, Dv], probs

@@ -1,8 +1,10 @@
-"""What vLLM's and SGLang's transformers backends ask of a custom model, and transformers' parallel plans."""
+"""What vLLM's (0.33) and SGLang's transformers backends ask of a custom model, and transformers' parallel plans."""
 
+import ast
 import inspect
 import json
 import re
+import textwrap
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 @pytest.fixture
 def recording():
-    """An attention function under a new name, as an engine registers its own -> the calls that it got."""
+    """An attention function under a new name, as an engine registers its own -> the calls that it got.
+
+    Like vLLM's it knows no batch: what it returns is [S, H * Dv]."""
     calls = []
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -25,7 +29,7 @@ def recording():
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return output.transpose(1, 2), None
+        return output[0].transpose(0, 1).flatten(1), None
 
     AttentionInterface.register("engine", attend)
     AttentionMaskInterface.register("engine", lambda *args, **kwargs: None)
@@ -63,6 +67,29 @@ def test_positions_reach_the_attention_function(family, recording):
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     make_model(family, attention="engine")(make_tokens(1, 5), position_ids=positions, use_cache=False)
     assert all(torch.equal(call["position_ids"], positions) for call in recording)
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_attention_call_is_found_in_the_source(family):
+    """vLLM 0.33 reads `forward`: exactly one call of what ALL_ATTENTION_FUNCTIONS gave, its scale an attribute."""
+    for layer in make_model(family).model.layers:
+        forward = ast.parse(textwrap.dedent(inspect.getsource(type(layer.self_attn).forward)))
+        lookups = [
+            node.targets[0].id
+            for node in ast.walk(forward)
+            if isinstance(node, ast.Assign) and "ALL_ATTENTION_FUNCTIONS.get_interface(" in ast.unparse(node.value)
+        ]
+        calls = [
+            node
+            for node in ast.walk(forward)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in lookups
+        ]
+        assert len(calls) == 1
+        scaling = next(keyword.value for keyword in calls[0].keywords if keyword.arg == "scaling")
+        assert isinstance(scaling, ast.Attribute) and ast.unparse(scaling.value) == "self"
+        assert isinstance(getattr(layer.self_attn, scaling.attr), float)
+        assert isinstance(layer.self_attn.layer_idx, int)
+        assert layer.self_attn.config is not None
 
 
 def test_flags():
