@@ -319,7 +319,7 @@ def families_part(folder: Path, llama_cpp: Path) -> dict:
         try:
             llm = open_gguf(convert(place, llama_cpp, "f32"), 512, logits_all=True, type_k=F32, type_v=F32)
         except (RuntimeError, ValueError) as error:
-            result[name] = {"refused": str(error)}
+            result[name] = {"refused": str(error).replace(f"{place}/", "")}
         else:
             model = open_ours(place)
             prompt = ids[:40]
@@ -347,14 +347,13 @@ class Ours:
         self.cache = DynamicCache(config=self.model.config)
         logits = self.model(torch.tensor([ids]), past_key_values=self.cache, logits_to_keep=1).logits
         self.token = logits[:, -1].argmax(dim=-1, keepdim=True)
-        self.length = len(ids)
 
     @torch.inference_mode()
     def write(self):
         token = self.token
         for _ in range(TOKENS_PER_TURN):
             token = self.model(token, past_key_values=self.cache).logits[:, -1].argmax(dim=-1, keepdim=True)
-        self.cache.crop(self.length)
+        self.cache.crop(-TOKENS_PER_TURN)
 
 
 class Theirs:
