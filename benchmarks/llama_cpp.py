@@ -19,6 +19,7 @@ import json
 import math
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from benchmarks.common import ROOT, describe_machine, interleave, save_checkpoint, summarise, write_results
-from benchmarks.decode import CONFIG as V3_SHAPED
+from benchmarks.common import ROOT, describe_machine, interleave, save_checkpoint, write_results
+from benchmarks.decode import CONFIG as DECODE_CONFIG
 from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
 PARTS = ("tokenizer", "root", "families", "speed")
@@ -128,7 +129,7 @@ FAMILIES = {
 }
 FAMILY_TOKENS = 300
 
-SPEED_MODELS = {"this folder": None, "V3-shaped, hidden 512": V3_SHAPED}
+V3_SHAPED = DECODE_CONFIG | {"q_lora_rank": 384}  # the model of benchmarks.decode, with V3's query latent
 CONTEXTS = {"this folder": (512, 3584), "V3-shaped, hidden 512": (512, 2048, 8192)}
 TOKENS_PER_TURN = 16
 PREFILL = 2048
@@ -411,15 +412,15 @@ def speed_part(folders: dict[str, Path], files: dict[str, dict[str, Path]]) -> l
 
 
 def times(seconds: dict[str, list[float]], tokens: int) -> dict:
-    """Tokens a second of each (median, best), and how many times ours is as fast (median over turns)."""
-    summary = summarise(seconds, "ours, float32")
+    """Tokens a second of each (median, best), and ours over theirs (of the medians)."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         name: {
-            "tokens_per_second": round(tokens / row["median_ms"] * 1e3, 1),
-            "best": round(tokens / row["min_ms"] * 1e3, 1),
-            "ours_is_faster_by": round(1 / row["times_faster_than_ours, float32"], 2),
+            "tokens_per_second": round(tokens / medians[name], 1),
+            "best": round(tokens / min(values), 1),
+            "ours_is_faster_by": round(medians[name] / medians["ours, float32"], 2),
         }
-        for name, row in summary.items()
+        for name, values in seconds.items()
     }
 
 
@@ -462,7 +463,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     parts = arguments.only or PARTS
-    results = {"machine": describe_machine() | {"llama_cpp_python": llama_cpp.__version__, "command": sys.argv[1:]}}
+    versions = {
+        "llama_cpp_python": llama_cpp.__version__,
+        "llama_cpp_build": llama_cpp.llama_print_system_info().decode(),
+    }
+    command = [word if word.startswith("-") else Path(word).name for word in sys.argv[1:]]
+    results = {"machine": describe_machine() | versions, "command": command}
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
         folders = {"this folder": temporary / "root", "V3-shaped, hidden 512": temporary / "v3_shaped"}

@@ -86,7 +86,8 @@ def test_attention_call_is_found_in_the_source(family):
         ]
         assert len(calls) == 1
         scaling = next(keyword.value for keyword in calls[0].keywords if keyword.arg == "scaling")
-        assert isinstance(scaling, ast.Attribute) and ast.unparse(scaling.value) == "self"
+        assert isinstance(scaling, ast.Attribute)
+        assert ast.unparse(scaling.value) == "self"
         assert isinstance(getattr(layer.self_attn, scaling.attr), float)
         assert isinstance(layer.self_attn.layer_idx, int)
         assert layer.self_attn.config is not None
