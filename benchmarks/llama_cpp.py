@@ -122,7 +122,7 @@ FAMILIES = {
         "rope_scaling": _yarn(1.0),
     },
     "V3": _V3,
-    # llama.cpp wants a multiple of 64 as index_head_dim; few heads would make scores of exactly 0, which are ties
+    # llama.cpp wants a multiple of 64 as index_head_dim; with 4 heads selections differed, see the document
     "V3.2, all tokens selected": _V32 | {"index_topk": 2048, "index_n_heads": 32, "index_head_dim": 64},
     "V3.2, 64 tokens selected": _V32 | {"index_topk": 64, "index_n_heads": 32, "index_head_dim": 64},
     "NSA": _SMALL | {"architectures": ["DeepseekForCausalLM"], "model_type": "deepseek_nsa", "num_key_value_heads": 2},
