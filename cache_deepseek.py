@@ -11,7 +11,7 @@ Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width o
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticIndexedLayer, StaticLayer
 
 _LEAST_ROOM = 256  # tokens of spare room in a new buffer
 _UNDO_TOKENS = 512  # tokens by which a layer that keeps only the last ones can be cropped without notice
@@ -366,7 +366,8 @@ def _last_tokens(group: tuple[torch.Tensor, ...], kept: int) -> tuple[torch.Tens
 
 
 def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLayer] = GrowingLayer) -> None:
-    """Lets the still empty `DynamicLayer`s of a cache grow in place; other layers (static, quantised) stay.
+    """Lets the still empty `DynamicLayer`s of a cache grow in place, and makes its static ones of the kind that latents
+    or an indexer want; other layers (quantised) stay.
 
     `generate` and users make plain `DynamicCache`s; this is called on them by the model's forward.
 
@@ -393,8 +394,10 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLaye
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = make_layer()
-        elif type(layer) is StaticLayer and not layer.is_initialized and type(make_layer()) is LatentLayer:
-            cache.layers[i] = StaticLatentLayer(layer.max_cache_len)
+        elif type(layer) is StaticLayer and not layer.is_initialized:
+            static_layer = {LatentLayer: StaticLatentLayer, IndexedLayer: StaticIndexedLayer}.get(type(make_layer()))
+            if static_layer is not None:
+                cache.layers[i] = static_layer(layer.max_cache_len)
 
 
 def take_back(layer: CacheLayerMixin, count: int):

@@ -553,6 +553,35 @@ class DeepseekGenerationMixin(GenerationMixin):
         config.mtp_tokens = None if config.is_assistant else mtp_tokens
         return config, model_kwargs
 
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args, **kwargs):
+        name = generation_config.cache_implementation
+        if name not in (None, "dynamic"):
+            self._check_cache_implementation(name)
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def _check_cache_implementation(self, name: str):
+        """
+        Raises:
+            ValueError: there is no such cache for this model, or on this machine.
+        """
+        is_nsa, has_indexer = self.config.attention_kind == "nsa", self.config.index_topk is not None
+        is_static = "offloaded" not in name and name != "quantized"
+        if is_nsa or (has_indexer and not is_static):
+            others = " or 'static', or pass `past_key_values=model.int8_cache()` to save memory" if has_indexer else ""
+            raise ValueError(
+                f"`cache_implementation` is {name!r}, which holds keys and values; sparse attention (`model_type` "
+                f"{self.config.checkpoint_model_type!r}) keeps more. Leave it out, or say 'dynamic'{others}."
+            )
+        if "offloaded" in name and not torch.cuda.is_available():
+            raise ValueError(
+                f"`cache_implementation` is {name!r}, which moves layers between a GPU's memory and the CPU's, but there "
+                "is no CUDA device. Leave it out; `past_key_values=model.int8_cache()` saves memory on a CPU."
+            )
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: GenerationConfig) -> bool:
+        """As in transformers, and not with an indexer: which tokens it may choose depends on their number."""
+        return self.config.index_topk is None and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         mtp_tokens = generation_config.mtp_tokens

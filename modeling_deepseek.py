@@ -1050,7 +1050,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """Masks that `generate` prepares outside a compiled step, as `DeepseekModel._mask` wants them."""
-        if config.attention_kind == "nsa":
+        if config.attention_kind == "nsa" or config.index_topk is not None:
             return attention_mask
         if config.attention_kind == "mla":
             if int(past_key_values.get_seq_length()) == 0:

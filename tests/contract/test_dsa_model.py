@@ -8,7 +8,7 @@ import tiny
 import torch
 from checks import assert_close
 from deepseek_repo import dsa_deepseek as dsa
-from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, DynamicCache
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as native_module
 
 
@@ -214,10 +214,6 @@ class TestCache:
         assert_close(logits, model(tokens[rows]).logits[:, 47:], atol=2e-5)
         cache.reset()
         assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits, atol=2e-5)
-
-    def test_wrong_kind(self, model):
-        with pytest.raises(ValueError, match="StaticLayer"):
-            model(tiny.make_tokens(1, 8), past_key_values=StaticCache(config=model.config, max_cache_len=16))
 
 
 class TestTraining:

@@ -1,0 +1,87 @@
+"""Every `cache_implementation` on every family: `generate` gives what the model without a cache gives, or says what to do."""
+
+import pytest
+import torch
+from checks import assert_close
+from tiny import MAIN_FAMILIES, make_model, make_tokens
+from transformers import CompileConfig, DynamicCache, StaticCache, cache_utils
+
+SETTINGS = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+FAMILIES = (*MAIN_FAMILIES, "v32", "nsa")
+# What a family does with it: works, or the words of the error.
+NEEDS_CUDA = "is no CUDA device. Leave it out"
+SPARSE = "sparse attention .* keeps more. Leave it out, or say 'dynamic'"
+EXPECTED = {
+    "dynamic": {},
+    "hybrid": {},  # transformers takes it for the default
+    "static": {"nsa": SPARSE},
+    "offloaded": {"v32": SPARSE, "nsa": SPARSE, "others": NEEDS_CUDA},
+    "offloaded_static": {"v32": SPARSE, "nsa": SPARSE, "others": NEEDS_CUDA},
+    "quantized": {"v32": SPARSE, "nsa": SPARSE},
+}
+
+
+def plain_greedy(model, prompt: torch.Tensor) -> torch.Tensor:
+    return model.generate(prompt, use_cache=False, **SETTINGS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_it_works_or_says_what_to_do(name, family, monkeypatch):
+    model, prompt = make_model(family), make_tokens(2, 24)
+    refusal = EXPECTED[name].get(family, EXPECTED[name].get("others"))
+    settings = {**SETTINGS, "cache_implementation": name}
+    if refusal:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(model.model, "forward", lambda **_: pytest.fail("work was done"))
+        with pytest.raises(ValueError, match=rf"`cache_implementation` is {name!r}.*{refusal}"):
+            model.generate(prompt, **settings)
+    elif name == "quantized":
+        if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+            pytest.skip("this transformers quantises with other packages only")
+        actual = model.generate(prompt, cache_config={"backend": "fp8"}, **settings)
+        # the prompt itself is read without loss
+        assert torch.equal(actual[:, :25], plain_greedy(model, prompt)[:, :25])
+        assert actual.shape == (2, 34)
+    else:
+        assert torch.equal(model.generate(prompt, disable_compile=True, **settings), plain_greedy(model, prompt))
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 7}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("length", [10, 40], ids=["from few tokens on", "from many"])
+def test_selection_from_a_static_cache(settings, length):
+    """Sixteen tokens are selected: with a prompt of 10 there is something to choose from the seventh token on."""
+    model, prompt, mask = make_model("v32"), make_tokens(3, length), torch.ones(3, length, dtype=torch.long)
+    prompt[1, :4], mask[1, :4] = 2, 0
+    settings = {**SETTINGS, **settings, "attention_mask": mask}
+    expected = model.generate(prompt, use_cache=False, **{**settings, "prefill_chunk_size": None})
+    for _ in range(2):
+        assert torch.equal(model.generate(prompt, cache_implementation="static", **settings), expected)
+
+
+def test_a_static_cache_of_ones_own_is_used_again():
+    model, tokens = make_model("v32"), make_tokens(2, 40)
+    cache = StaticCache(config=model.config, max_cache_len=48)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        for _ in range(2):
+            parts = [model(part, past_key_values=cache).logits for part in tokens.split([9, 11, 1, 18, 1], dim=1)]
+            assert_close(torch.cat(parts, dim=1), expected)
+            cache.reset()
+
+
+def test_an_indexer_that_may_choose_is_not_compiled():
+    for family, compiled in (("v3", True), ("v32", False)):
+        model = make_model(family)
+        config = model.generation_config
+        config.compile_config = CompileConfig()
+        config.compile_config._compile_all_devices = True
+        kwargs = {"past_key_values": StaticCache(config=model.config, max_cache_len=8)}
+        assert model._valid_auto_compile_criteria(kwargs, config) == compiled
+
+
+def test_nsa_says_what_is_wrong_with_a_cache_of_ones_own():
+    model, prompt = make_model("nsa"), make_tokens(1, 24)
+    with pytest.raises(ValueError, match=r"StaticLayer, which has no room for what NSA caches. Pass an empty"):
+        model(prompt, past_key_values=StaticCache(config=model.config, max_cache_len=48))
+    model(prompt, past_key_values=DynamicCache(config=model.config))
