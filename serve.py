@@ -16,6 +16,7 @@ chats are encoded by tokenization/safe_chat.py, and requests are checked before 
 """
 
 import argparse
+import asyncio
 import json
 import sys
 import uuid
@@ -24,6 +25,7 @@ from contextlib import asynccontextmanager
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -34,6 +36,7 @@ from chat import load
 from tokenization.safe_chat import encode_chat
 
 MAX_BODY_BYTES = 8 * 2**20
+BODY_SECONDS = 60  # for a client to send it
 # How a DeepSeek answer falls into thinking, tool calls and the rest, in the form that transformers' parser takes.
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
@@ -63,12 +66,17 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is Unicode text of at least one character; JSON can also say half a surrogate pair, which is none."""
+    return (
+        isinstance(value, str) and len(value) > 0 and not any("\ud800" <= character <= "\udfff" for character in value)
+    )
+
+
 def _is_stop(value: object) -> bool:
     texts = [value] if isinstance(value, str) else value
     return (
-        isinstance(texts, list)
-        and 1 <= len(texts) <= 4
-        and all(isinstance(text, str) and 1 <= len(text) <= 256 for text in texts)
+        isinstance(texts, list) and 1 <= len(texts) <= 4 and all(_is_text(text) and len(text) <= 256 for text in texts)
     )
 
 
@@ -80,7 +88,7 @@ _COMMON_FIELDS = {
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and up to 1"),
     "frequency_penalty": (lambda value: _is_number(value) and 0 <= value <= 2, "a number from 0 to 2"),
     "max_tokens": (_is_count, "a whole number of at least 1"),
-    "stop": (_is_stop, "a text or up to four, of 1 to 256 characters each"),
+    "stop": (_is_stop, "a Unicode text or up to four, of 1 to 256 characters each"),
     "seed": (lambda value: isinstance(value, int) and -(2**63) <= value < 2**63, "a whole number of 64 bits"),
     "n": (lambda value: value == 1, "1"),
     "user": (lambda value: isinstance(value, str), "a text"),
@@ -98,7 +106,7 @@ CHAT_FIELDS = _COMMON_FIELDS | {
     ),
 }
 COMPLETION_FIELDS = _COMMON_FIELDS | {
-    "prompt": (lambda value: isinstance(value, str) and len(value) > 0, "a text of at least one character"),
+    "prompt": (_is_text, "a Unicode text of at least one character"),
 }
 
 
@@ -175,13 +183,16 @@ class ChatHandler(_Limits, ChatCompletionHandler):
         model_id, model, tokenizer = self._resolve_model(body)
         use_cb = self.generation_state.use_continuous_batching(model, Modality.LLM)
         manager = self.generation_state.get_manager(model_id, use_cb=use_cb)
-        ids = encode_chat(
+        # In a thread: a text of some megabytes takes seconds, and the other requests are not to wait for it.
+        encoded = await asyncio.to_thread(
+            encode_chat,
             tokenizer,
             plain_messages(body["messages"]),
             tools=body.get("tools"),
             add_generation_prompt=True,
             **(self.chat_template_kwargs | body.get("chat_template_kwargs", {})),
-        )["input_ids"]
+        )
+        ids = encoded["input_ids"]
         body["_room"] = self.room(len(ids))
         inputs = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         if not use_cb:
@@ -202,7 +213,8 @@ class PromptHandler(_Limits, CompletionHandler):
         body = self.check(body, COMPLETION_FIELDS, "prompt")
         for unused in ("n", "user"):
             body.pop(unused, None)
-        body["_room"] = self.room(len(self.model_manager.tokenizer(body["prompt"])["input_ids"]))
+        encoded = await asyncio.to_thread(self.model_manager.tokenizer, body["prompt"])
+        body["_room"] = self.room(len(encoded["input_ids"]))
         return await super().handle_request(body, request_id)
 
     def _validate_request(self, body: dict) -> None:
@@ -267,7 +279,12 @@ def build_app(
         # The id is ours: with one that a client chooses, two requests could be taken for one.
         request_id = str(uuid.uuid4())
         try:
-            return await handler.handle_request(await _read_json(request), request_id)
+            body = await asyncio.wait_for(_read_json(request), BODY_SECONDS)
+            return await handler.handle_request(body, request_id)
+        except asyncio.TimeoutError:  # until Python 3.11 not the builtin one
+            return _refusal(408, f"the request did not arrive within {BODY_SECONDS} seconds")
+        except ClientDisconnect:
+            return _refusal(400, "the client went away")  # to nobody
         except ValueError as error:
             return _refusal(400, str(error))
         except HTTPException as error:

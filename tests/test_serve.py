@@ -248,6 +248,12 @@ def changed(**fields) -> bytes:
         (changed(max_tokens=True), "max_tokens"),
         (changed(stop=[]), "stop"),
         (changed(stop=["x" * 10_000]), "stop"),
+        (changed(stop="\ud800"), "stop"),
+        (changed(stop=[[]]), "stop"),
+        (changed(stop=["a"] * 100_000), "stop"),
+        (changed(temperature=json.loads("[" * 900 + "]" * 900)), "temperature"),
+        (changed(top_p=float("inf")), "top_p"),
+        (changed(frequency_penalty=float("-inf")), "frequency_penalty"),
         (changed(seed=2**70), "seed"),
         (changed(n=100), "`n`"),
         (changed(stream="yes"), "stream"),
@@ -263,6 +269,25 @@ def test_malformed_requests_are_refused_and_the_next_works(served, content, name
     assert 400 <= status < 500, answer
     assert named in answer["error"]["message"]
     assert post(client, changed())[0] == 200
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "", ["a"], None, 3, {}], ids=repr)
+def test_malformed_prompts_are_refused(served, prompt):
+    _, client = served
+    status, answer = post(client, json.dumps({"model": "deepseek", "prompt": prompt}).encode(), "completions")
+    assert status == 400
+    assert "prompt" in answer["error"]["message"]
+
+
+@given(
+    value=st.floats(min_value=5e-324, max_value=1e-3),
+    field=st.sampled_from(["temperature", "top_p", "frequency_penalty"]),
+)
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sampling_with_numbers_as_small_as_there_are(served, field, value):
+    """Logits divided by 1e-300 are infinite."""
+    _, client = served
+    assert post(client, changed(**{"temperature": 1.0, field: value}, max_tokens=2))[0] == 200
 
 
 def test_a_request_of_any_size_is_cut_off(served, monkeypatch):
@@ -301,6 +326,117 @@ def test_random_requests(served, fields, messages):
     status, answer = post(client, json.dumps(body).encode())
     assert status == 200 or 400 <= status < 500, answer
     assert status == 200 or answer["error"]["message"]
+
+
+# ---------------------------------------------------------------- one request and the others
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def connect(client, data: bytes) -> socket.socket:
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\xff\r\n\r\n",
+        b"A" * 300_000,
+        HEAD + b"Content-Length: -5\r\n\r\n",
+        HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        HEAD + b"X: " + b"a" * 200_000 + b"\r\n\r\n",
+        HEAD + b"X: a\r\n" * 20_000 + b"\r\n",
+    ],
+    ids=lambda data: repr(data[-20:]),
+)
+def test_what_is_no_http_is_refused(served, data):
+    _, client = served
+    with connect(client, data) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    assert post(client, changed())[0] == 200
+
+
+def test_slow_clients_hold_up_nobody_and_are_let_go(served, monkeypatch):
+    _, client = served
+    slow = [connect(client, HEAD + b"Content-Length: 100\r\n\r\n{") for _ in range(40)]
+    assert post(client, changed())[0] == 200
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.1)
+    with connect(client, HEAD + b"Content-Length: 100\r\n\r\n{") as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+    for connection in slow:
+        connection.close()
+    assert post(client, changed())[0] == 200
+
+
+def test_clients_that_go_away_leave_no_error(served, caplog):
+    _, client = served
+    for data in (HEAD + b"Content-Length: 100\r\n\r\n{", HEAD + b"Content-Length: 99999999999999\r\n\r\n{}"):
+        connect(client, data).close()
+    assert post(client, changed())[0] == 200
+    assert "Traceback" not in caplog.text
+
+
+def test_a_text_that_takes_long_to_encode_holds_up_nobody(served, monkeypatch):
+    _, client = served
+    done, real = threading.Event(), serve.encode_chat
+
+    def slow(tokenizer, messages, **more):
+        if messages[0]["content"] == "slow":
+            assert done.wait(60)
+        return real(tokenizer, messages, **more)
+
+    monkeypatch.setattr(serve, "encode_chat", slow)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(ask, client, "slow") for _ in range(3)]
+        assert written(ask(client, "Hello"))
+        assert not any(one.done() for one in waiting)
+        done.set()
+        assert all(written(one.result()) for one in waiting)
+
+
+BAD = [
+    b"[" * 200_000,
+    b"\xff\xfe{}",
+    b'{"messages": 1' + b"0" * 5000 + b"}",
+    changed(messages=[{"role": "user", "content": "word " * 5000}]),
+    changed(messages=[{"role": "user", "content": HOSTILE}], stop=HOSTILE, temperature=2.0, seed=1, max_tokens=30),
+    changed(temperature=1e-300, top_p=1e-300, frequency_penalty=2.0, max_tokens=30),
+    changed(max_tokens=2**31 - 1, stop=["\x00", "\u202e"], temperature=2.0),
+    changed(n=10**9),
+    changed(tools=[json.loads('{"a":' * 900 + "1" + "}" * 900)]),
+]
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+def test_bad_requests_among_good_ones_change_no_answer(kind, tokenizer, request):
+    model, client = request.getfixturevalue(kind)
+    texts = [f"Hello {i}" for i in range(4)]
+    expected = [expected_answer(model, tokenizer, text) for text in texts]
+
+    def bad(content: bytes):
+        status, answer = post(client, content)
+        assert status == 200 or 400 <= status < 500, answer
+
+    def leave(text: str):
+        stream = ask(client, text, stream=True, max_tokens=60)
+        next(iter(stream))
+        stream.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        others = []
+        for content in BAD:
+            others += [pool.submit(bad, content), pool.submit(leave, "Bye")]
+            others.append(pool.submit(lambda: connect(client, HEAD + b"Content-Length: 99\r\n\r\n{").close()))
+        good = [
+            pool.submit(streamed if i % 2 else lambda c, t: written(ask(c, t)), client, t) for i, t in enumerate(texts)
+        ]
+        assert [one.result() for one in good] == expected
+        for one in others:
+            one.result()
+    assert [written(ask(client, text)) for text in texts] == expected
 
 
 def test_settings_of_one_request_do_not_reach_another(served, tokenizer):
