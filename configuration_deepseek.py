@@ -134,6 +134,7 @@ _SCORING_FUNCS = ("softmax", "sigmoid")
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 _DTYPES = ("auto", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _LAYER_TYPES = ("full_attention", "indexed_attention")  # transformers' names of cache layers
+_MOST_COUNT = 2**24  # of anything; products of such still have a size
 _MOST_LAYERS = 10_000  # more is damage, and would fill the memory with empty layers
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _ROPE_NUMBERS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -348,18 +349,19 @@ class DeepseekConfig(PreTrainedConfig):
         """Raises a ValueError for the first field whose value is none at all."""
         _check_choice("attention_kind", self.attention_kind, ("gqa", "mla", "nsa"))
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        counts += ["num_key_value_heads", "max_position_embeddings", "moe_layer_freq"]
+        counts += ["num_key_value_heads", "moe_layer_freq"]
         if self.attention_kind == "mla":
             counts += [name for name in _MLA_FIELDS if name != "q_lora_rank" or self.q_lora_rank is not None]
         elif self.head_dim is not None:
             counts += ["head_dim"]
         if self.attention_kind == "nsa":
-            counts += [name for name in _NSA_SIZES if name != "nsa_num_init_blocks"]
-            _check_count("nsa_num_init_blocks", self.nsa_num_init_blocks, minimum=0)
+            for name in _NSA_SIZES:
+                _check_count(name, getattr(self, name), minimum=int(name != "nsa_num_init_blocks"), maximum=2**16)
         if self.n_routed_experts is not None:
             counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
         for name in counts:
             _check_count(name, getattr(self, name), minimum=1)
+        _check_count("max_position_embeddings", self.max_position_embeddings, minimum=1, maximum=2**31 - 1)
         for name in ("num_hidden_layers", "num_nextn_predict_layers"):
             _check_count(name, getattr(self, name), minimum=0, maximum=_MOST_LAYERS)
         for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
@@ -378,8 +380,22 @@ class DeepseekConfig(PreTrainedConfig):
         for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "rope_interleave", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be true or false.")
+        self._validate_token_ids()
         if self.mlp_bias:
             raise ValueError("`mlp_bias` is true; DeepSeek MLPs have no biases. Set it to false.")
+
+    def _validate_token_ids(self):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [] if value is None else [value]
+            if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
+                several = ", a list of such" if name == "eos_token_id" else ""
+                raise ValueError(f"`{name}` is {value!r}; it must be a token's number from 0 on{several}, or null.")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` is {self.pad_token_id}, but `vocab_size` is {self.vocab_size}; choose a token that the "
+                "model has, or null."
+            )
 
     def _validate_combinations(self):
         """Raises a ValueError for the first combination that no DeepSeek model can have."""
@@ -392,9 +408,11 @@ class DeepseekConfig(PreTrainedConfig):
                 f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide `num_attention_heads` "
                 f"({self.num_attention_heads}); choose a divisor."
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 or not self.head_dim:
             name = "qk_rope_head_dim" if self.attention_kind == "mla" else "head_dim"
-            raise ValueError(f"`{name}` is {self.head_dim}; RoPE turns pairs of numbers, so choose an even width.")
+            raise ValueError(
+                f"`{name}` is {self.head_dim}; RoPE turns pairs of numbers, so choose an even width from 2 on."
+            )
         if not isinstance(self.mlp_layer_types, list) or len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`mlp_layer_types` is {self.mlp_layer_types!r} for {self.num_hidden_layers} layers; give a list with "
@@ -571,7 +589,7 @@ def _resolve_rope(parameters: dict | None, scaling: dict | None, theta: float | 
 
 def _validate_rope(rope: dict):
     _check_choice("rope_scaling.type", rope["rope_type"], _ROPE_TYPES)
-    _check_number("rope_theta", rope["rope_theta"], minimum=1)
+    _check_number("rope_theta", rope["rope_theta"], minimum=2)
     if rope["rope_type"] in ("yarn", "linear", "dynamic"):
         # the ratio of the extended to the original context
         _check_number(f"rope_scaling.factor (of type {rope['rope_type']!r})", rope.get("factor"), minimum=1)
@@ -607,14 +625,14 @@ def _validate_common(fields: dict, num_layers: int):
         raise ValueError(f"`id2label` is {labels!r}; it must name labels by their numbers, or be null.")
 
 
-def _check_count(name: str, value, minimum: int, maximum: int = 2**31 - 1):
+def _check_count(name: str, value, minimum: int, maximum: int = _MOST_COUNT):
     # bool is an int to Python, but `true` as a size is a mistake
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        limit = "" if maximum == 2**31 - 1 else f" and at most {maximum}"
+        limit = "" if maximum > _MOST_COUNT else f" and at most {maximum}"
         raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {minimum}{limit}.")
 
 
-def _check_number(name: str, value, minimum: float = 0, maximum: float = 1e30):
+def _check_number(name: str, value, minimum: float = 0, maximum: float = 1e12):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
         raise ValueError(f"`{name}` is {value!r}; it must be a number from {minimum} to {maximum:g}.")
 

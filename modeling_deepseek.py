@@ -1033,6 +1033,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
         """Mean over the modules of their cross entropies, DeepSeek-V3 eq. 24-25 without the factor lambda."""
         losses = []
         for k, hidden_states in enumerate(mtp_hidden_states, start=1):
+            if k + 1 >= labels.shape[1]:  # a row too short for this module to have anything to predict
+                losses.append(0.0 * hidden_states.sum())
+                continue
             layer = self.model.layers[self.config.num_hidden_layers + k - 1]
             targets = F.pad(labels[:, k + 1 :], (0, k + 1), value=-100)  # [B, S]: place t predicts token t + k + 1
             if position_ids is not None:

@@ -1,6 +1,8 @@
 """Config and weight files that are damaged or made to do harm: a clear error, no hang, nothing read from elsewhere."""
 
 import json
+import math
+import re
 import shutil
 import struct
 
@@ -10,9 +12,9 @@ from checks import ROOT
 from deepseek_repo import configuration_deepseek
 from deepseek_repo.configuration_deepseek import DeepseekConfig
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from tiny import FAMILIES, make_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 FIELDS = set().union(*FAMILIES.values(), *configuration_deepseek.FAMILY_DEFAULTS.values())
 FIELDS |= {"hidden_act", "rms_norm_eps", "attention_dropout", "use_cache", "tie_word_embeddings", "rope_theta"}
@@ -26,8 +28,6 @@ FIELDS |= {
     "num_labels",
 }
 FIELDS |= {"id2label", "layer_types", "quantization_config", "mtp_loss_weight", "index_warmup", "initializer_range"}
-# `pad_token_id` and its like may be anything that a tokenizer has.
-FIELDS -= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 _leaves = st.sampled_from([None, True, -1, 0, 0.5, 3, 2**31 - 1, 2**31, 10**30, 1e308, "", "x", "yarn", "\ud800"])
 _leaves |= st.floats() | st.integers()
@@ -41,6 +41,18 @@ _ropes = st.dictionaries(
 
 
 # ---------------------------------------------------------------- config.json
+
+
+@pytest.fixture(scope="module")
+def checkpoint_with_code(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model("v3").save_pretrained(folder)
+    for module in ROOT.glob("*_deepseek.py"):
+        shutil.copy(module, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def refusal(**fields) -> str | None:
@@ -59,6 +71,84 @@ def test_any_value_of_any_field_works_or_is_named(family, field, value):
     message = refusal(**{**FAMILIES[family], field: value})
     # Where the value itself is possible, what no longer fits is another field.
     assert message is None or any(f"`{name}" in message for name in FIELDS | {"rope_scaling"}), message
+
+
+_extremes = [True, -1, 0, 1, 2, 3, 7, 0.5, 100, 2**16, 2**24, 2**31 - 1, 10**12, 10**30, math.nan, math.inf, 1e308]
+_extremes += [1e-320, "", "x", "3", [], [1], [None], {}, {"a": 1}]
+
+
+@given(
+    family=st.sampled_from(["v3", "v32", "nsa", "llama"]),
+    field=st.sampled_from(sorted(FIELDS)),
+    value=st.sampled_from(_extremes),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_config_that_is_taken_makes_a_model_that_works(family, field, value):
+    """Small models run, train and generate; large ones have at least a size. One layer, for the sake of speed."""
+    fields = {**FAMILIES[family], "num_hidden_layers": 1, "first_k_dense_replace": 0, field: value}
+    try:
+        config = DeepseekConfig(**fields)
+    except ValueError:
+        return  # named, as the test above says
+    assume(config.num_hidden_layers + config.num_nextn_predict_layers < 20)
+    assume((config.n_routed_experts or 0) <= 512)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in DeepseekForCausalLM(config).parameters())
+    assert size > 0
+    if size > 500_000 or config.vocab_size < 7:
+        return
+    model, ids = DeepseekForCausalLM(config), torch.tensor([[3, 4, 5, 6]])
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    model.eval().generate(ids, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("pad_token_id", 128, "`vocab_size` is 128"),
+        ("pad_token_id", -1, "or null"),
+        ("pad_token_id", True, "or null"),
+        ("eos_token_id", [1, "x"], "a list of such"),
+        ("bos_token_id", 0.5, "or null"),
+        ("bos_token_id", 10**30, "or null"),
+        ("rope_theta", 1, "from 2"),
+        ("aux_loss_alpha", 10**30, "1e+12"),
+        ("hidden_size", 2**31 - 1, "at most 16777216"),
+    ],
+)
+def test_values_that_failed_deep_inside_are_refused(field, value, named):
+    with pytest.raises(ValueError, match=f"`{field}` is .*{re.escape(named)}"):
+        DeepseekConfig(**{**FAMILIES["v3"], field: value})
+
+
+def test_rows_shorter_than_the_chain_of_prediction_modules_train():
+    model, ids = make_model("v3", num_nextn_predict_layers=4).train(), torch.tensor([[3, 4, 5]])
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    assert output.mtp_loss.isfinite()
+    assert output.mtp_loss > 0  # the first module has something to predict
+
+
+def test_heads_of_no_width_and_blocks_without_end_are_refused():
+    with pytest.raises(ValueError, match="`head_dim` is 0"):
+        DeepseekConfig(**{**FAMILIES["llama"], "num_attention_heads": 100})
+    with pytest.raises(ValueError, match="`nsa_num_select_blocks` is 2147483647"):
+        DeepseekConfig(**{**FAMILIES["nsa"], "nsa_num_select_blocks": 2**31 - 1})
+
+
+@pytest.mark.parametrize("text", [10**12, -1, None, "2", 0.5, [3], True, math.nan])
+@pytest.mark.parametrize("field", ["num_hidden_layers", "vocab_size", "n_routed_experts"])
+def test_the_auto_classes_refuse_them_too(checkpoint_with_code, field, text):
+    path = checkpoint_with_code / "config.json"
+    config = json.loads(path.read_text())
+    if text is None and field == "n_routed_experts":
+        return  # null: no experts
+    path.write_text(json.dumps({**config, field: text}))
+    try:
+        with pytest.raises(ValueError, match=f"`{field}`"):
+            AutoModelForCausalLM.from_pretrained(checkpoint_with_code, trust_remote_code=True)
+    finally:
+        path.write_text(json.dumps(config))
 
 
 @given(rope=_ropes)
@@ -188,6 +278,14 @@ def test_pickles_are_read_only_if_asked(tmp_path):
             DeepseekForCausalLM.from_pretrained(tmp_path, **more)
     loaded = DeepseekForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_pickles_are_not_read_through_the_auto_classes(checkpoint):
+    folder = checkpoint("v3")
+    torch.save(make_model("v3").state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="use_safetensors=False"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_code_is_not_run_without_permission(checkpoint):
