@@ -19,8 +19,8 @@ Three scores, means over the samples of a cell:
     first   the right number is likelier than nine wrong ones, of which as many as possible are in the text; chance 1/10
     rank    share of those nine that are less likely; chance 1/2. It shows a little of the ability before `exact` does.
 
-Prompts are read in chunks, so memory grows with the cache only. Results are written after every cell; the same command goes
-on where it was interrupted.
+Prompts are read in chunks, so memory grows with the cache only. Results are written after every cell; Ctrl-C
+shows what there is, and the same command goes on.
 """
 
 import argparse
@@ -679,10 +679,13 @@ def run(args: argparse.Namespace) -> dict:
         "cells": cells,
     }
     done = {Cell(*(cell[name] for name in Cell._fields)).key(): cell for cell in cells}
-    for cell in measure(model, tokenizer, builders, settings, done):
-        cells.append(cell)
-        report["results"] = card_rows(cells, settings["depths"])
-        write(report, args.output)
+    try:
+        for cell in measure(model, tokenizer, builders, settings, done):
+            cells.append(cell)
+            write(report, args.output)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+    report["results"] = card_rows(cells, settings["depths"])
     return report
 
 
