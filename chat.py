@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file, logging
 
 from tokenization.safe_chat import encode_chat
+
+with suppress(ImportError):  # not on Windows, whose terminal does it itself
+    import readline  # noqa: F401  gives `input` history, editing, pasted lines as one text, and lines above 4,096 bytes
 
 HERE = Path(__file__).resolve().parent
 PREFILL_TOKENS = 512  # read at a time, so that a long text needs bounded memory and Ctrl-C is heard
@@ -366,8 +369,9 @@ HELP = """\
 /load FILE           go on with a saved chat
 /exit                leave, as does Ctrl-D
 
-Ctrl-C stops an answer and keeps the chat. A line of three quotation marks (\""") begins a text of several lines, another one
-ends it. A text that begins with a slash is said with two of them."""
+Ctrl-C stops an answer and keeps the chat. A line of three quotation marks
+(\""") begins a text of several lines, another one ends it. A text that begins
+with a slash is said with two of them."""
 
 
 class Terminal:
@@ -454,7 +458,7 @@ class Terminal:
                 self._note("the chat is empty")
             case "/drop":
                 dropped = chat.drop(_number("/drop", argument or "1", int))
-                self._note(f"{dropped} turns forgotten; the chat has {chat.tokens()} tokens")
+                self._note(f"{dropped} turn{'s' * (dropped != 1)} forgotten; the chat has {chat.tokens()} tokens")
             case "/system":
                 chat.system = argument
                 self._note("system message set" if argument else "no system message")
