@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             trainable = {name: trainable_parameters(model) for name, (model, _) in made.items()}
             if len(set(trainable.values())) != 1:
                 raise RuntimeError(f"adapted parameters differ, so nothing is compared: {trainable}")
-            seconds = interleave({name: step for name, (_, step) in made.items()}, arguments.repeats)
+            seconds = interleave({name: step for name, (_, step) in made.items()}, arguments.repeats, warmup=3)
             del made
             results[which] = {
                 "trainable_parameters": trainable["ours"],
