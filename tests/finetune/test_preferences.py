@@ -1,13 +1,17 @@
 """DPO and GRPO: from files to an adapter, and the reward that rises."""
 
+import shutil
+
 import pytest
-from tiny_chat import VOCAB_SIZE, add_tokenizer
+import torch
+from tiny_chat import VOCAB_SIZE, StopAt, add_tokenizer
 
 from finetune import dpo, grpo
 from finetune.config import DPOOptions, GRPOOptions, make_options
 from finetune.data import write_jsonl
 from finetune.models import load_model, load_result
 from finetune.problems import number_problems
+from finetune.trainers import last_checkpoint
 
 
 @pytest.fixture
@@ -66,3 +70,30 @@ def test_grpo_runs_and_reports_rewards(base, tmp_path):
     assert all(0.0 <= entry["rewards/numeric/mean"] <= 1.0 for entry in logged)
     assert "reward" in report.after
     load_result(load_model(str(base))[0], tmp_path / "run" / "final")
+
+
+@pytest.mark.parametrize("method", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_a_resumed_run_ends_exactly_as_an_uninterrupted_one(base, tmp_path, method):
+    """Of GRPO that includes the sampled answers."""
+    train, _ = number_problems(24, 1, kinds=["count"])
+    preferences = [{"prompt": e["messages"][0]["content"], "chosen": "1", "rejected": "2"} for e in train]
+    write_jsonl(preferences if method == "dpo" else train, tmp_path / "data.jsonl")
+    values = _values(base, tmp_path, steps=6, batch_size=8, eval_steps=2, learning_rate=1e-2, answer_tokens=4)
+    command, schema = (dpo, DPOOptions) if method == "dpo" else (grpo, GRPOOptions)
+    values |= {} if method == "dpo" else {"generations": 4, "rewards": ["numeric"]}
+
+    def train_to(folder: str, callbacks=(), **more):
+        return command.run(make_options(schema, values | {"output": str(tmp_path / folder)} | more), callbacks)
+
+    whole, _, report = train_to("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_to("killed", (StopAt(5),))
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-4"
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-2")
+    resumed, _, resumed_report = train_to("killed", resume=True)
+
+    key = "loss" if method == "dpo" else "reward"
+    assert [e[key] for e in resumed_report.log if key in e] == [e[key] for e in report.log if key in e]
+    expected, actual = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
