@@ -63,7 +63,7 @@ class CommonOptions:
     )
     quantise: str = option(
         "none",
-        "QLoRA: frozen Linear weights as nf4 (bitsandbytes, GPU) or int8 (torchao)",
+        "QLoRA: frozen Linear weights as nf4 (bitsandbytes) or int8 (torchao)",
         "model",
         choices=QUANTISATIONS,
     )

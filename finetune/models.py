@@ -52,6 +52,11 @@ def load_model(
         more["quantization_config"] = quantisation_config(quantise)
         config.separate_experts = False  # LoRA's targets, ESFT and merging are for stacked ones
     model = AutoModelForCausalLM.from_pretrained(model_dir, config=config, trust_remote_code=True, dtype=dtype, **more)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50: the first evaluation on a CPU would pack the weights for a product that has no gradient
+            # (training would go on without a word) and that wants multiples of 32 as widths.
+            module.support_avx512bf16_for_cpu = False
     return model, tokenizer
 
 
@@ -66,16 +71,17 @@ def quantisation_config(quantise: str):
         from transformers import BitsAndBytesConfig
         from transformers.utils import is_bitsandbytes_available
 
-        if not is_bitsandbytes_available() or not torch.accelerator.is_available():
+        if not is_bitsandbytes_available():
             raise ValueError(
-                "quantise is 'nf4', which needs bitsandbytes and an accelerator that it supports; pip install bitsandbytes "
-                "there, use 'int8' (torchao), or leave quantise out"
+                "quantise is 'nf4', which needs bitsandbytes; pip install bitsandbytes, use 'int8' (torchao), or leave "
+                "quantise out"
             )
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            # on CPUs float32, since bfloat16 may be emulated there
+            bnb_4bit_compute_dtype=torch.bfloat16 if torch.accelerator.is_available() else torch.float32,
             llm_int8_skip_modules=left_out,
         )
     try:

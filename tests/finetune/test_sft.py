@@ -8,15 +8,17 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from tiny_chat import VOCAB_SIZE, add_tokenizer
+from tiny_chat import VOCAB_SIZE, StopAt, add_tokenizer
+from torch.nn import Linear, ModuleDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from finetune import run, sft, trainers
+from finetune import sft, trainers
 from finetune.config import SFTOptions, make_options
 from finetune.data import IGNORED_LABEL, read_examples, render_all, write_jsonl
 from finetune.evaluate import answer_all, greedy_answers, main as evaluate_main, score
 from finetune.experts import ESFT_CONFIG
+from finetune.lora import add_lora
 from finetune.models import load_model, load_result, quantisation_config
 from finetune.problems import number_problems
 
@@ -233,22 +235,13 @@ def test_accumulated_step_equals_one_large_batch(chat_checkpoint, files, own):
 # ---------------------------------------------------------------- stopping and resuming
 
 
-class _Stop(run.TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("method", ["lora", slow("esft")])
 def test_a_resumed_run_ends_exactly_as_an_uninterrupted_one(chat_checkpoint, files, method):
     base = chat_checkpoint()
     more = {"method": method, "steps": 6, "dropout": 0.1, "targets": ["attention", "shared"]}
     whole, _, report = sft.run(_options(base, files, "whole", **more))
     with pytest.raises(KeyboardInterrupt):
-        sft.run(_options(base, files, "killed", **more), callbacks=(_Stop(5),))
+        sft.run(_options(base, files, "killed", **more), callbacks=(StopAt(5),))
     assert trainers.last_checkpoint(files / "killed").name == "checkpoint-4"
     shutil.rmtree(files / "killed" / "checkpoint-2")
     resumed, _, resumed_report = sft.run(_options(base, files, "killed", resume=True, **more))
@@ -353,7 +346,6 @@ def test_answers_are_the_same_for_any_batch_size_and_compared_as_asked(chat_chec
         ({"method": "esft", "model": "llama"}, "has none; use lora or full"),
         ({"targets": ["shared"], "model": "llama"}, "has nothing of that kind"),
         ({"save_steps": 3}, "must be a multiple"),
-        ({"quantise": "nf4"}, "needs bitsandbytes and an accelerator"),
         ({"model": "no-such-model"}, "no-such-model"),
         ({"data": ["preferences.jsonl"]}, "finetune.dpo"),
     ],
@@ -374,21 +366,48 @@ def test_a_larger_tokenizer_than_vocabulary_is_an_error(checkpoint):
         load_model(str(folder))
 
 
-def test_int8_without_torchao_is_explained(monkeypatch):
+def test_a_quantiser_that_is_not_installed_is_explained(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
-    with pytest.raises(ValueError, match="pip install torchao"):
-        quantisation_config("int8")
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    for quantise, name in (("int8", "torchao"), ("nf4", "bitsandbytes")):
+        with pytest.raises(ValueError, match=f"pip install {name}"):
+            quantisation_config(quantise)
 
 
 @pytest.mark.slow
-def test_qlora_with_int8_weights(chat_checkpoint, files):
-    pytest.importorskip("torchao")
-    base = chat_checkpoint("llama", hidden_size=32)
-    model, _, report = sft.run(_options(base, files, quantise="int8", steps=6, dtype="float32"))
+@pytest.mark.parametrize(("quantise", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_qlora_trains_adapters_on_quantised_weights(chat_checkpoint, files, quantise, library):
+    pytest.importorskip(library)
+    base = chat_checkpoint("v3", hidden_size=64)
+    model, _, report = sft.run(_options(base, files, quantise=quantise, steps=6, dtype="float32"))
     assert report.after["loss"] < report.before["loss"]
-    weights = [
-        m.base_layer.weight for n, m in model.named_modules() if n.endswith("q_proj") and hasattr(m, "base_layer")
+    held = {"int8": "Int8Tensor", "nf4": "Params4bit"}[quantise]
+    adapted = [
+        module.base_layer for module in model.modules() if isinstance(getattr(module, "lora_A", None), ModuleDict)
     ]
-    assert len(weights) == 3
-    assert all("Int8" in type(weight.data).__name__ or "Int8" in type(weight).__name__ for weight in weights)
-    assert AutoTokenizer.from_pretrained(files / "run" / "final").eos_token_id is not None
+    linear = [layer for layer in adapted if isinstance(layer, Linear)]
+    assert len(linear) == 24  # five of MLA in each of three layers, two shared experts, one dense layer
+    assert {type(layer.weight).__name__ for layer in linear} == {held}
+    again = load_result(load_model(str(base), "float32", quantise)[0], files / "run" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(files / "run" / "final")
+    assert _eval_loss(again, tokenizer, files) == pytest.approx(report.after["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_evaluation_does_not_take_the_gradients_of_nf4_weights(chat_checkpoint):
+    pytest.importorskip("bitsandbytes")
+    model, _ = load_model(str(chat_checkpoint("v3", hidden_size=64)), "float32", "nf4")
+    model = add_lora(model, ["attention"])
+    ids = torch.arange(3, 19)[None]
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(after[name], gradient, rtol=1e-5) for name, gradient in before.items())
