@@ -8,7 +8,8 @@
 Each method runs by `finetune.sft` in a process of its own, on the same examples in the same order. Held-out problems
 are other problems than those of training. Quality and cost are measured in runs of their own: the cost of a step is
 that of `--cost-steps` steps without evaluation in between, memory what training adds to the process (on GPUs: to the
-device) at its peak, over the loaded model; seconds a step are the median.
+device) at its peak, over the loaded model; seconds a step are the median. What the result file has from earlier runs with
+the same settings stays in it.
 """
 
 import argparse
@@ -150,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub name (default: this repository)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all five")
-    parser.add_argument("--only", choices=_PARTS, help="measure one part, and leave the other as the file has it")
+    parser.add_argument("--only", choices=_PARTS, help="measure one part")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each (default 400)")
     parser.add_argument("--cost-steps", type=int, default=20, help="steps that are timed (default 20)")
     parser.add_argument("--evaluations", type=int, default=5, help="of each run (default 5)")
@@ -183,18 +184,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     parts = [arguments.only] if arguments.only else _PARTS
     path = RESULTS / f"{arguments.name}.json"
-    results = json.loads(path.read_text()) if arguments.only and path.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), arguments)
         for part in parts:
-            results[part] = {"machine": describe_machine(), "settings": settings(arguments, part), "methods": {}}
+            done = results.get(part, {})
+            kept = done["methods"] if done.get("settings") == settings(arguments, part) else {}
+            results[part] = {"machine": describe_machine(), "settings": settings(arguments, part), "methods": kept}
             for name in arguments.methods:
                 command = [sys.executable, "-m", "benchmarks.finetune", *(sys.argv[1:] if argv is None else argv)]
                 subprocess.run([*command, "--one", name, part, folder], check=True, cwd=ROOT)
                 measured = json.loads((Path(folder) / f"{part}-{name}.json").read_text())
-                results[part]["methods"][name] = measured
+                kept[name] = measured
+                write_results(arguments.name, results)
                 print(name, {key: value for key, value in measured.items() if key != "curve"}, flush=True)
-    write_results(arguments.name, results)
     if "quality" in parts:
         draw(results["quality"]["methods"], RESULTS / f"{arguments.name}.png")
     return 0
