@@ -8,11 +8,16 @@
 # STEPS how long to train.
 set -euo pipefail
 data=${1:-}
-model=${2:-.}
+model=${2:-}
 python=${PYTHON:-.venv/bin/python}
-output=${OUTPUT:-runs/own-data}
+output=${OUTPUT:-}
+# paths are meant from where the script is called
 [[ -n "$data" ]] && data=$(realpath "$data")
+[[ -d "$model" ]] && model=$(realpath "$model")
+[[ -n "$output" ]] && output=$(realpath -m "$output")
 cd "$(dirname "$0")/.."
+model=${model:-.}
+output=${output:-runs/own-data}
 
 if [[ -z "${PYTHON:-}" && ! -x "$python" ]]; then
     make .venv/installed

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -325,11 +326,13 @@ def question_and_answer(example: dict) -> tuple[dict, str]:
     """Split an example into what is asked (a chat or a prompt, without answer) and the text of the answer.
 
     Raises:
-        ValueError: it asks nothing: a plain text or a preference.
+        ValueError: it asks nothing (a plain text or a preference), or a tool call answers it, which has no text.
     """
     if "completion" in example:
         return {"prompt": example["prompt"]}, example["completion"].strip()
     if "messages" in example:
+        if not example["messages"][-1]["content"].strip():
+            raise ValueError("an example ends with a tool call; to compare answers it must end with text")
         asked = {"tools": example["tools"]} if "tools" in example else {}
         if template_arguments(example):
             asked["thinking"] = True
@@ -451,15 +454,15 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
 
 
 def render_all(
-    examples: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[dict[str, list[int]]]:
-    """Render examples; those longer than `max_tokens` are left out, since a cut answer would teach to stop in the middle.
-    Plain texts are cut into pieces instead.
+    """Render examples; those longer than `max_tokens` are left out with a warning, since a cut answer would teach to stop
+    in the middle. Plain texts are cut into pieces instead.
 
     Raises:
         ValueError: nothing is left, or as in `render`.
     """
-    kept, shortest = [], None
+    kept, too_long, shortest = [], 0, None
     for example in examples:
         row = render(example, tokenizer)
         length = len(row["input_ids"])
@@ -469,9 +472,16 @@ def render_all(
         elif length <= max_tokens:
             kept.append(row)
         else:
+            too_long += 1
             shortest = min(length, shortest or length)
     if not kept:
         raise ValueError(f"no example has at most {max_tokens} tokens (the shortest has {shortest}); raise max_tokens")
+    if too_long:
+        warnings.warn(
+            f"{too_long} of {len(examples)} examples have more than {max_tokens} tokens and are left out; raise max_tokens "
+            "to keep them",
+            stacklevel=2,
+        )
     return kept
 
 

@@ -55,9 +55,10 @@ def answer_all(
         model: a causal language model, in eval mode.
         tokenizer: its chat template is used.
         examples: chats or prompts with completions.
-        max_new_tokens: longest answer; one more token than the longest reference is made at most, since longer answers
-            are wrong anyway (not where only the number counts).
+        max_new_tokens: longest answer, reasoning included; without reasoning one more token than the longest reference is
+            made at most, since longer answers are wrong anyway (not where only the number counts).
         kind: "exact": the texts are the same but for white space around them; "number": they end with the same number.
+            What is before </think> does not count.
         batch_size: examples at once.
     """
     answers = []
@@ -65,13 +66,14 @@ def answer_all(
         part = examples[first : first + batch_size]
         questions, references = zip(*(question_and_answer(example) for example in part), strict=True)
         limit = max_new_tokens
-        if kind == "exact":
+        if kind == "exact" and not any("thinking" in question for question in questions):
             longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references)
             limit = min(limit, longest + 1)
         texts = greedy_answers(model, tokenizer, list(questions), limit)
         nlls, counts = _losses(model, tokenizer, part)
         for example, text, reference, nll, count in zip(part, texts, references, nlls, counts, strict=True):
-            is_right = same_number(text, reference) if kind == "number" else text == reference
+            final = text.rpartition("</think>")[2].strip()
+            is_right = same_number(text, reference) if kind == "number" else final == reference
             answers.append(Answer(example, text, is_right, nll, count))
     return answers
 

@@ -35,6 +35,8 @@ def load_model(
         ValueError: the tokenizer has ids that the model's vocabulary lacks, or this machine cannot quantise so.
         OSError: there is no such model.
     """
+    if Path(model_dir).is_dir():
+        model_dir = str(Path(model_dir).resolve())  # adapters note where their base is
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
     except (OSError, ValueError) as error:  # a name that no repository can have is a ValueError

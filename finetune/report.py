@@ -1,4 +1,5 @@
-"""The page a run ends with: what was done, curves, expert load and samples before and after. One file, no network."""
+"""What a run ends with: a page with curves, expert load and samples before and after (one file, no network), and the
+result's model card."""
 
 import base64
 import html
@@ -11,18 +12,26 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 
+import yaml
 from matplotlib import pyplot as plt
 
 from finetune.experts import Routing
 
 _CURVES = (  # title, keys of the trainer's log with their labels
-    ("loss", {"loss": "training", "eval_loss": "held out"}),
+    ("loss", {"loss": "training, mean since the last point", "eval_loss": "held out"}),
     ("accuracy of generated answers", {"eval_accuracy": "task"}),
     ("reward", {"reward": "training", "eval_reward": "held out"}),
     ("preference accuracy", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
     ("busiest expert / mean, worst layer", {"expert_load": "training"}),
     ("learning rate", {"learning_rate": "training"}),
 )
+
+
+_CARD_OPTIONS = {  # of each method, what its card tells
+    "lora": ("method", "targets", "rank", "alpha"),
+    "esft": ("method", "esft_score"),
+    "full": ("method",),
+}
 
 
 @dataclass
@@ -61,7 +70,8 @@ def draw_curves(log: list[dict]) -> bytes:
     shown = [(title, lines) for title, lines in shown if lines]
     columns = min(2, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3 * rows), squeeze=False)
+    size = (6 * columns, 3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for axis, (title, lines) in zip(axes.flat, shown, strict=False):
@@ -79,7 +89,7 @@ def draw_load(before: dict[int, Routing], after: dict[int, Routing]) -> bytes | 
     """Each layer's share of tokens by expert, before and after, as a PNG; None for models without routed experts."""
     if not before:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(before) + 2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(before) + 2), sharey=True, layout="constrained")
     highest = max(float(routing.token.max()) for routings in (before, after) for routing in routings.values())
     for axis, title, routings in zip(axes, ("before", "after"), (before, after), strict=True):
         image = axis.imshow(
@@ -89,16 +99,14 @@ def draw_load(before: dict[int, Routing], after: dict[int, Routing]) -> bytes | 
         axis.set_xlabel("expert")
         axis.set_yticks(range(len(routings)), [f"layer {layer}" for layer in routings])
     figure.colorbar(image, ax=axes)
-    return _png(figure, tight=False)
+    return _png(figure)
 
 
 def _points(log: list[dict], key: str) -> list[tuple[int, float]]:
     return [(entry["step"], float(entry[key])) for entry in log if key in entry]
 
 
-def _png(figure, tight: bool = True) -> bytes:
-    if tight:
-        figure.tight_layout()
+def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
@@ -116,16 +124,12 @@ def _page(report: Report, curves: bytes, load: bytes | None) -> str:
         )
         return f"<table><tr>{cells}</tr>{lines}</table>"
 
-    metrics = [
-        [name, *(f"{side[name]:.4g}" if name in side else "" for side in (report.before, report.after))]
-        for name in dict.fromkeys([*report.before, *report.after])
-    ]
     samples = [[sample[key] for key in ("question", "reference", "before", "after")] for sample in report.samples]
     style = "body{font:15px sans-serif;max-width:1100px;margin:2em auto}td,th{border:1px solid #ccc;padding:.3em .6em;"
     style += "text-align:left;white-space:pre-wrap}table{border-collapse:collapse}img{max-width:100%}"
     parts = [
-        f"<h1>Fine-tuning of {html.escape(str(report.options.get('model')))}</h1><p>{report.seconds:.0f} seconds</p>",
-        "<h2>Before and after</h2>" + table(["held out", "before", "after"], metrics),
+        f"<h1>Fine-tuning of {html.escape(_model_name(report))}</h1><p>{report.seconds:.0f} seconds</p>",
+        "<h2>Before and after</h2>" + table(["held out", "before", "after"], _metrics(report)),
         "<h2>Curves</h2>" + image(curves),
         f"<h2>What was trained</h2><pre>{html.escape(report.trained)}</pre>",
     ]
@@ -133,12 +137,65 @@ def _page(report: Report, curves: bytes, load: bytes | None) -> str:
         parts.append("<h2>Expert load on held-out data</h2>" + image(load))
     if samples:
         parts.append("<h2>Samples</h2>" + table(["question", "reference", "before", "after"], samples))
-    parts.append("<h2>Options</h2>" + table(["option", "value"], [[k, v] for k, v in report.options.items()]))
+    parts.append("<h2>Options</h2>" + table(["option", "value"], [[k, _value(v)] for k, v in report.options.items()]))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Fine-tuning report</title><style>{style}</style>'
         + "".join(parts)
         + "</html>\n"
     )
+
+
+def write_card(report: Report, folder: Path) -> None:
+    """Write the README.md of the result in `folder`: what it is, how it did, how to load it.
+
+    Paths of this machine stay out of it; a base model that is a local folder gets its name on publishing (`tools/publish.py`).
+    """
+    options, name = report.options, _model_name(report)
+    method, is_local = options["method"], Path(options["model"]).is_dir()
+    front = {"library_name": "transformers" if method == "full" else "peft", "pipeline_tag": "text-generation"}
+    front |= {"tags": ["deepseek", "custom_code", *([] if method == "full" else [method])]}
+    front |= {} if is_local else {"base_model": options["model"]}
+    what = {"lora": "LoRA adapter for", "esft": "Experts (ESFT) for", "full": "Fine-tuned from"}[method]
+    how = ", ".join(f"{key} {_value(options[key])}" for key in _CARD_OPTIONS[method])
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in _metrics(report))
+    base = "path/to/base" if is_local else options["model"]
+    code = ["from transformers import AutoModelForCausalLM", ""]
+    if method == "full":
+        code.append('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)')
+    else:
+        code.insert(1, "from finetune.models import load_result  # of the code's repository")
+        code.append(f'model = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)')
+        code.append('model = load_result(model, "path/to/this/folder")  # checks that it fits')
+    data = ", ".join(Path(source).name for source in options["data"])
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(options['output']).resolve().name}\n\n"
+    text += f"{what} {name}, trained on {data} ({how}).\n\n"
+    text += f"| held out | before | after |\n|---|---|---|\n{rows}\n\n"
+    text += "```python\n" + "\n".join(code) + "\n```\n"
+    _write(folder / "README.md", text)
+
+
+def _model_name(report: Report) -> str:
+    """A folder's own name, or the Hub's name."""
+    model = str(report.options.get("model"))
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _metrics(report: Report) -> list[list[str]]:
+    """Rows name, before, after."""
+    return [
+        [
+            name.replace("_", " "),
+            *(f"{side[name]:.4g}" if name in side else "" for side in (report.before, report.after)),
+        ]
+        for name in dict.fromkeys([*report.before, *report.after])
+    ]
+
+
+def _value(value) -> str:
+    """An option's value as one writes it on the command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return {None: "none", True: "on", False: "off"}[value] if value is None or isinstance(value, bool) else f"{value}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -39,7 +39,7 @@ from finetune.data import pad_token, question_and_answer, read_examples, render_
 from finetune.experts import finish_expert_training, measure_routing
 from finetune.lora import check_adapters, describe_adapters
 from finetune.models import describe_trainable, load_model, prepare
-from finetune.report import Report, write_report
+from finetune.report import Report, write_card, write_report
 from finetune.trainers import DeepseekTrainerMixin, last_checkpoint, save_result
 
 _SAMPLES = 5  # answers shown before and after
@@ -160,6 +160,7 @@ def fine_tune(
     report.seconds = time.perf_counter() - started
     if state.is_main_process:
         write_report(report, output)
+        write_card(report, output / "final")
     if options.method == "esft":
         finish_expert_training(model)
     state.wait_for_everyone()
@@ -265,7 +266,7 @@ def _callbacks(options: CommonOptions, model: nn.Module, more: tuple[TrainerCall
 
 def _samples(trainer: DeepseekTrainerMixin, examples: list[dict], when: str, earlier: list[dict]) -> list[dict]:
     """A few questions with references and greedy answers, added to those of earlier."""
-    asking = [example for example in examples if "messages" in example or "completion" in example][:_SAMPLES]
+    asking = [example for example in examples if _asks(example)][:_SAMPLES]
     if not asking:
         return earlier
     texts = [answer.text for answer in trainer.answers(asking)]
@@ -274,9 +275,25 @@ def _samples(trainer: DeepseekTrainerMixin, examples: list[dict], when: str, ear
     samples = []
     for example, text in zip(asking, texts, strict=True):
         question, reference = question_and_answer(example)
-        shown = question.get("prompt") or question["messages"][-1]["content"]
+        shown = question["prompt"] if "prompt" in question else _conversation(question["messages"])
         samples.append({"question": shown, "reference": reference, when: text})
     return samples
+
+
+def _asks(example: dict) -> bool:
+    """Whether there are a question and an answer that can be compared."""
+    try:
+        question_and_answer(example)
+    except ValueError:
+        return False
+    return True
+
+
+def _conversation(messages: list[dict]) -> str:
+    """A question for people: its text, and where there is more than one message, who says what."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content'] or 'calls a tool'}" for message in messages)
 
 
 def _as_chat(example: dict) -> dict:

@@ -87,7 +87,7 @@ class DeepseekTrainerMixin:
             with _plain_class(self.model):
                 return super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_esft(self.model, Path(output_dir or self.args.output_dir), self.options.model)
+            save_esft(self.model, Path(output_dir or self.args.output_dir), self.model.name_or_path)
         return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -99,6 +99,9 @@ class DeepseekTrainerMixin:
         if self.options.method != "esft":
             return super()._load_best_model()
         return load_esft(self.model, self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args, **kwargs):
+        """None in the run's folder; the result gets one of its own (`finetune.report.write_card`)."""
 
     # ------------------------------------------------------------ evaluation
 

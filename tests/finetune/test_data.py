@@ -283,7 +283,8 @@ def test_templates_without_markers_are_refused(tokenizer):
 
 def test_long_examples_are_left_out_and_long_texts_cut(tokenizer):
     long = {"messages": _chat(("user", "9 " * 50), ("assistant", "9"))}
-    assert data.render_all([CHAT, long], tokenizer, max_tokens=20) == [data.render(CHAT, tokenizer)]
+    with pytest.warns(UserWarning, match="1 of 2 examples have more than 20 tokens"):
+        assert data.render_all([CHAT, long], tokenizer, max_tokens=20) == [data.render(CHAT, tokenizer)]
     with pytest.raises(ValueError, match="raise max_tokens"):
         data.render_all([long], tokenizer, max_tokens=20)
     text = {"text": "9 8 7 6 5 " * 20}
@@ -302,6 +303,9 @@ def test_prompts_end_where_the_answer_begins(tokenizer):
         assert row["labels"].count(data.IGNORED_LABEL) == len(prompt)
     with pytest.raises(ValueError, match="no question"):
         data.question_and_answer({"text": "x"})
+    called = {"messages": [*_chat(("user", "sum")), {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
+    with pytest.raises(ValueError, match="ends with a tool call"):
+        data.question_and_answer(called)
 
 
 def test_collate_pads_on_the_right():

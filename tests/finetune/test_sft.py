@@ -2,18 +2,22 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
+from checks import ROOT
 from datasets import Dataset
 from tiny_chat import VOCAB_SIZE, StopAt, add_tokenizer
 from torch.nn import Linear, ModuleDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from finetune import sft, trainers
+from finetune import evaluate, sft, trainers
 from finetune.config import SFTOptions, make_options
 from finetune.data import IGNORED_LABEL, read_examples, render_all, write_jsonl
 from finetune.evaluate import answer_all, greedy_answers, main as evaluate_main, score
@@ -110,6 +114,12 @@ def test_a_run_leaves_a_result_that_loads_and_a_report(chat_checkpoint, files, f
         assert all(entry["expert_load"] >= 1 for entry in report.log if "loss" in entry)
     if method == "esft":
         assert (output / "final" / ESFT_CONFIG).is_file()
+
+    card = (output / "final" / "README.md").read_text()
+    assert f"library_name: {'transformers' if method == 'full' else 'peft'}" in card
+    assert f"| loss | {report.before['loss']:.4g} | {report.after['loss']:.4g} |" in card
+    assert str(files) not in card  # no path of this machine
+    assert not (output / "README.md").exists()
 
 
 @pytest.mark.slow
@@ -313,6 +323,21 @@ def test_early_stopping_and_the_best_checkpoint(chat_checkpoint, files):
 # ---------------------------------------------------------------- evaluation
 
 
+def test_what_is_thought_is_no_part_of_the_answer(chat_checkpoint, monkeypatch):
+    limits = []
+
+    def answer(model, tokenizer, questions, max_new_tokens):
+        limits.append(max_new_tokens)
+        return ["one and one</think> 2"]
+
+    monkeypatch.setattr(evaluate, "greedy_answers", answer)
+    model, tokenizer = load_model(str(chat_checkpoint()), dtype="float32")
+    thought = {"role": "assistant", "content": "2", "reasoning_content": "hm"}
+    example = {"messages": [{"role": "user", "content": "1 + 1"}, thought]}
+    assert answer_all(model.eval(), tokenizer, [example], 50)[0].is_right
+    assert limits == [50]  # thinking may take longer than in the reference
+
+
 def test_answers_are_the_same_for_any_batch_size_and_compared_as_asked(chat_checkpoint):
     model, tokenizer = load_model(str(chat_checkpoint()), dtype="float32")
     model.eval()
@@ -411,3 +436,16 @@ def test_an_evaluation_does_not_take_the_gradients_of_nf4_weights(chat_checkpoin
     after = gradients()
     assert before.keys() == after.keys()
     assert all(torch.allclose(after[name], gradient, rtol=1e-5) for name, gradient in before.items())
+
+
+@pytest.mark.slow
+def test_the_example_script_trains_and_merges(chat_checkpoint, files):
+    base = chat_checkpoint()
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(files / "own"), "STEPS": "2"}
+    command = ["bash", str(ROOT / "examples" / "finetune_own_data.sh"), str(files / "train.jsonl"), str(base)]
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    merged = AutoModelForCausalLM.from_pretrained(files / "own" / "merged", trust_remote_code=True)
+    adapted = load_result(load_model(str(base))[0], files / "own" / "final")
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
