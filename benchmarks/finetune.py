@@ -126,6 +126,7 @@ def draw(methods: dict[str, dict], path: Path):
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
