@@ -147,7 +147,8 @@ def fine_tune(
         _write_options(output, options)
     state.wait_for_everyone()
 
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is None or not trainer.take_if_finished(checkpoint):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     if trainer.is_fsdp_enabled:  # whatever form the checkpoints have, the result is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -335,7 +336,7 @@ def _check_resumable(output: Path, options: CommonOptions) -> Path | None:
 
     Raises:
         FileNotFoundError: there is no run in `output`.
-        ValueError: the options differ from those the run began with, so it would not be the same run.
+        ValueError: the options differ from those the run began with, so it would not be the same run; or it is finished.
     """
     path = output / "options.yaml"
     if not path.is_file():
@@ -348,4 +349,6 @@ def _check_resumable(output: Path, options: CommonOptions) -> Path | None:
                 f"--resume, but {name} is {value!r} and the run began with {began.get(name)!r}; a resumed run must have the "
                 f"options it began with: --config {path} --resume"
             )
+    if (output / "final").is_dir():
+        raise ValueError(f"--resume, but the run in {output} is finished: its result is in {output / 'final'}")
     return last_checkpoint(output)

@@ -16,6 +16,8 @@ from accelerate import DistributedType
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.models import unwrap_model_for_generation
@@ -99,6 +101,24 @@ class DeepseekTrainerMixin:
         if self.options.method != "esft":
             return super()._load_best_model()
         return load_esft(self.model, self.state.best_model_checkpoint)
+
+    def take_if_finished(self, checkpoint: Path) -> bool:
+        """Whether `checkpoint` is that of the run's last step, after which only the result was not written; if so, take its
+        history and the best weights. Training on from there would take one step too many.
+
+        Raises:
+            ValueError: it is, and the model is sharded.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"the run reached its last step; resume it in one process to write the result of {checkpoint}"
+            )
+        self.state = state
+        self._load_best_model()
+        return True
 
     def create_model_card(self, *args, **kwargs):
         """None in the run's folder; the result gets one of its own (`finetune.report.write_card`)."""

@@ -271,6 +271,24 @@ def test_resuming_another_run_is_refused(chat_checkpoint, files):
         sft.run(_options(base, files, steps=2, resume=True, rank=4))
     with pytest.raises(FileExistsError, match="is not empty"):
         sft.run(_options(base, files))
+    with pytest.raises(ValueError, match="is finished"):
+        sft.run(_options(base, files, steps=2, resume=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "esft"])
+def test_a_run_stopped_after_its_last_step_takes_no_further_one(chat_checkpoint, files, method):
+    base = chat_checkpoint()
+    whole, _, report = sft.run(_options(base, files, method=method))
+    expected = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    shutil.rmtree(files / "run" / "final")
+    resumed, _, resumed_report = sft.run(_options(base, files, method=method, resume=True))
+    assert resumed_report.after == report.after
+    assert _trained(resumed_report) == _trained(report)
+    actual = resumed.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert (files / "run" / "final").is_dir()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), slow(KeyboardInterrupt())])
