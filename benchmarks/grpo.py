@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     accuracy = [[entry["step"], entry["eval_accuracy"]] for entry in report.log if "eval_accuracy" in entry]
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     settings.pop("model")
-    results = {"machine": describe_machine(), "settings": settings, "reward": rewards, "held_out_accuracy": accuracy}
+    held_out = [[entry["step"], round(entry["eval_reward"], 4)] for entry in report.log if "eval_reward" in entry]
+    results = {"machine": describe_machine(), "settings": settings, "reward": rewards}
+    results |= {"held_out_reward": held_out, "held_out_accuracy": accuracy}
     write_results("grpo", results)
     (RESULTS / "grpo.png").write_bytes(draw_curves(report.log))
     return 0
