@@ -10,11 +10,11 @@ WORKERS ?= 2
 demo: $(VENV)/installed
 	$(RUN) demo.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed-test
 	$(RUN) -m pytest -n $(WORKERS)
 
 # Longer tests: compiled decoding, learning runs, processes that talk to each other.
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/installed-test
 	$(RUN) -m pytest -n $(WORKERS) -m slow
 
 # The model's own tests on the oldest transformers that pyproject.toml allows.
@@ -38,6 +38,10 @@ format: $(VENV)/installed
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+	$(RUN) -m pip install --quiet -r requirements-test.txt
 	touch $@
 
 $(VENV)-oldest/installed: requirements.txt requirements-oldest.txt

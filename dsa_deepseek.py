@@ -217,11 +217,19 @@ def gather_tokens(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return states.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, slots.shape)
 
 
-def sum_gradient(states: torch.Tensor, mesh) -> torch.Tensor:
-    """The same numbers; their gradient is summed over the processes of a mesh, each of which has some of the heads."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate  # not in every build of torch
+class SumGradient(torch.autograd.Function):
+    """The same numbers; their gradient is summed over the processes of a group, each of which has some of the heads."""
 
-    return DTensor.from_local(states, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, group) -> torch.Tensor:
+        ctx.group = group
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        gradient = gradient.contiguous().clone()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
 
 
 def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, mesh=None) -> torch.Tensor:
@@ -270,7 +278,7 @@ def selected_latent_attention(
     """
     batch, heads, length, _ = q_nope.shape
     if mesh is not None and torch.is_grad_enabled():
-        latent = sum_gradient(latent, mesh)  # that of k_rope is summed where kv_a_proj_with_mqa made it
+        latent = SumGradient.apply(latent, mesh.get_group())  # that of k_rope is summed where kv_a_proj_with_mqa made it
     if attend_all:
         query_bytes = 4 * batch * visible.total * (heads + indexer.num_heads)
     else:

@@ -39,8 +39,11 @@ def test_same_tokens(family, implementation, seeming_cuda):
 
 @pytest.mark.parametrize("family", ["v32", "nsa"])
 def test_sparse_attention_is_refused(family, seeming_cuda):
+    model, tokens = make_model(family), make_tokens(1, 8)
+    with pytest.raises(ValueError, match="sparse attention"):
+        model.generate(tokens, cache_implementation="offloaded", **SETTINGS)
     with pytest.raises(ValueError, match="Sparse attention"):
-        make_model(family).generate(make_tokens(1, 8), cache_implementation="offloaded", **SETTINGS)
+        model(tokens, past_key_values=DynamicCache(config=model.config, offloading=True))
 
 
 def test_without_a_device(monkeypatch):
