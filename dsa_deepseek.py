@@ -278,7 +278,9 @@ def selected_latent_attention(
     """
     batch, heads, length, _ = q_nope.shape
     if mesh is not None and torch.is_grad_enabled():
-        latent = SumGradient.apply(latent, mesh.get_group())  # that of k_rope is summed where kv_a_proj_with_mqa made it
+        latent = SumGradient.apply(
+            latent, mesh.get_group()
+        )  # that of k_rope is summed where kv_a_proj_with_mqa made it
     if attend_all:
         query_bytes = 4 * batch * visible.total * (heads + indexer.num_heads)
     else:
