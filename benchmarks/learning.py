@@ -1,11 +1,16 @@
 """Do sparse attentions learn what dense attention learns? Small models from nothing, on the same data and steps.
 
+    python -m benchmarks.learning passkey --data runs/data    # finding passkeys far outside the window
+    python -m benchmarks.learning needle  --data runs/data    # passkeys of one, two and four tokens: what is selected
+    python -m benchmarks.learning choices --data runs/data    # what the NSA paper leaves open
     python -m benchmarks.learning text    --data runs/data    # NSA, full attention and a window alone on real text
-    python -m benchmarks.learning passkey --data runs/data    # finding a passkey far outside the window
+    python -m benchmarks.learning upcycle --data runs/data    # `text`'s full model turned into NSA, both trained on
+    python -m benchmarks.learning dsa     --data runs/data    # MLA, an indexer added, both stages of its training
 
 DATA is a folder written by `python -m pretrain.data`; its languages get equal shares of the rows. Each finished
 training is kept in --work and not repeated, so that a stopped run goes on. Writes benchmarks/results/learning_NAME.json
-and .png. The sizes are such that selection selects: a query at the end of a row reads 64 of 512 tokens.
+and .png. The sizes are such that selection selects: a query at the end of a row reads at most 80 of 1,024 tokens, besides the
+compressed entries.
 
 "full" and "window" are the same grouped-query model; "window" has a mask that hides all but the last `nsa_window_size`
 tokens in every layer. NSA has its widths, and more parameters: keys and values of three branches, compressors, gates.
@@ -15,7 +20,9 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,14 +33,15 @@ from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
-from benchmarks.recall import RecallBatch, hide_passkeys, recall_vocab_size
+from benchmarks.recall import RecallBatch, hide_passkeys, recall_vocab_size, room_for_passkeys
 from pretrain.data import INDEX_NAME, PretrainingData, batch_of, load_held_out
+from tools import add_indexer, upcycle_nsa
 
 NSA_SIZES = {
     "nsa_compress_block_size": 8,
     "nsa_compress_stride": 4,
     "nsa_select_block_size": 8,
-    "nsa_num_select_blocks": 6,
+    "nsa_num_select_blocks": 8,
     "nsa_num_init_blocks": 1,
     "nsa_num_local_blocks": 2,
     "nsa_window_size": 16,
@@ -49,16 +57,37 @@ GQA = {
     "num_key_value_heads": 1,
     "head_dim": 32,
     "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # rows of 1,024 tokens after rows of 64
 }
 KINDS = {
     "full": GQA | {"model_type": "llama"},
     "nsa": GQA | {"model_type": "deepseek_nsa"} | NSA_SIZES,
     "window": GQA | {"model_type": "llama"},
+    "mla": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 48,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": None,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": 2048,
+        "rope_parameters": GQA["rope_parameters"],
+    },
 }
-TEXT_TOKENS, TEXT_ROWS, HELD_OUT_TOKENS = 512, 4, 16384  # of a row, rows of a batch, held-out tokens of each language
-NUM_PASSKEYS = 6
-PASSKEY_STAGES = ((64, 24, 150), (128, 12, 50), (256, 6, 50), (512, 3, 50))  # tokens of a row, rows of a batch, steps
-PASSKEY_LENGTHS, PASSKEY_ROWS, DEPTHS = (128, 256, 512), 32, 8  # of the last measurement; depths are eighths
+TEXT_TOKENS, TEXT_ROWS, HELD_OUT_TOKENS = 1024, 2, 16384  # of a row, rows of a batch, held-out tokens of each language
+NUM_PASSKEYS, PASSKEY_TOKENS = 6, 4
+# tokens of a row, rows of a batch, steps
+LONG_STAGES = ((64, 32, 150), (128, 16, 100), (256, 8, 100), (512, 4, 100), (1024, 2, 100))
+SHORT_STAGES = ((128, 16, 120), (256, 8, 60))
+PASSKEY_ROWS, DEPTHS = 32, 8  # of the last measurement; depths are eighths
 COLOURS = {"full": "C0", "nsa": "C2", "window": "C3"}
 
 
@@ -108,6 +137,7 @@ def train(
     measure: Callable[[], dict],
     every: int,
     title: str,
+    warmup: int = 20,
 ) -> list[dict]:
     """AdamW with a linear warm-up and, in the second half, a linear decay; a curve of what `measure` says every few steps.
 
@@ -120,7 +150,7 @@ def train(
     curve = [{"step": 0} | measure()]
     for step in (bar := trange(steps, desc=title, mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 20) * min(1.0, 2.0 - 1.8 * step / steps)
+            group["lr"] = learning_rate * min(1.0, (step + 1) / (warmup or 1)) * min(1.0, 2.0 - 1.8 * step / steps)
         loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -194,34 +224,32 @@ def text_loss(model, kind: str, windows: torch.Tensor, bos_token_id: int) -> dic
     return {"held_out_loss": round(torch.stack(losses).mean().item(), 4)}
 
 
-def train_on_text(model, kind: str, data: Path, seed: int, steps: int, title: str) -> list[dict]:
-    """-> curve of the held-out loss"""
+def train_on_text(model, kind: str, data: Path, seed: int, steps: int, title: str, **options) -> list[dict]:
+    """-> curve of the held-out loss. `first_step` and `learning_rate` are options."""
     rows = open_rows(data, TEXT_TOKENS, TEXT_ROWS, seed)
     windows = held_out_windows(data, TEXT_TOKENS, HELD_OUT_TOKENS)
+    first = options.get("first_step", 0)
     return train(
         model,
         steps,
-        3e-3,
-        lambda step: model(**text_inputs(kind, rows.batch(step), rows.bos_token_id)).lm_loss,
+        options.get("learning_rate", 3e-3),
+        lambda step: model(**text_inputs(kind, rows.batch(first + step), rows.bos_token_id)).lm_loss,
         lambda: text_loss(model, kind, windows, rows.bos_token_id),
-        50,
+        options.get("every", 50),
         title,
+        options.get("warmup", 20),
     )
 
 
 def text_run(arguments, kind: str, seed: int) -> dict:
-    """One training on text -> its curve, and the number of parameters."""
+    """One training on text -> its curve and its number of parameters; the weights are kept too."""
 
     def run() -> dict:
-        model = make_model(
-            arguments.work / "code" / f"text_{kind}_{seed}",
-            kind,
-            seed,
-            vocab_size=read_index(arguments.data)["vocab_size"],
-        )
-        title = f"text {kind} {seed}"
-        curve = train_on_text(model, kind, arguments.data, seed, arguments.steps, title)
-        return {"curve": curve, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+        vocab_size = read_index(arguments.data)["vocab_size"]
+        model = make_model(arguments.work / "code" / f"text_{kind}_{seed}", kind, seed, vocab_size=vocab_size)
+        curve = train_on_text(model, kind, arguments.data, seed, arguments.steps, f"text {kind} {seed}")
+        model.save_pretrained(arguments.work / f"text_{kind}_{seed}")
+        return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "curve": curve}
 
     options = {"steps": arguments.steps, "data": describe_data(arguments.data), "config": KINDS[kind]}
     return kept(arguments.work, f"text_{kind}_{seed}", options, run)
@@ -239,12 +267,8 @@ def text(arguments) -> dict:
     }
     figure, axes = new_figure(1, 1)
     for kind, by_seed in runs.items():
-        for seed, run in enumerate(by_seed):
-            label = kind if seed == 0 else None
-            plot_curve(
-                axes, run["curve"], "held_out_loss", color=COLOURS[kind], label=label, ls=("-", "--", ":")[seed % 3]
-            )
-    axes.set(xlabel="step", ylabel="held-out loss, nats a token")
+        plot_seeds(axes, by_seed, "held_out_loss", color=COLOURS[kind], label=kind)
+    axes.set(xlabel="step", ylabel="held-out loss, nats a token", ylim=(None, 8))
     axes.legend()
     return finish("text", arguments, figure, {"final_loss": final, "loss_over_full": ratios, "runs": runs})
 
@@ -274,76 +298,125 @@ def passkey_hits(model, kind: str, batch: RecallBatch) -> torch.Tensor:
     return hits
 
 
-def passkey_eval_batch(data: Path, length: int, rows: int) -> RecallBatch:
+def passkey_eval_batch(data: Path, length: int, rows: int, passkey_tokens: int = PASSKEY_TOKENS) -> RecallBatch:
     """Held-out rows, the same for every model."""
     vocab_size = read_index(data)["vocab_size"]
     windows = held_out_windows(data, length, 32 * length)
     picked = torch.randperm(len(windows), generator=torch.Generator().manual_seed(1))[:rows]
-    return hide_passkeys(windows[picked], vocab_size, NUM_PASSKEYS, REACH, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    return hide_passkeys(windows[picked], vocab_size, NUM_PASSKEYS, passkey_tokens, REACH, generator)
 
 
 def accuracy_by_depth(hits: torch.Tensor, batch: RecallBatch) -> list[float | None]:
     """Share of right answers in each of DEPTHS equal parts of the text in which passkeys may stand."""
-    room = batch.input_ids.shape[1] - 2 * NUM_PASSKEYS - min(REACH, batch.input_ids.shape[1] // 4)
-    depth = batch.found_at * DEPTHS // room
+    depth = batch.found_at * DEPTHS // room_for_passkeys(batch.input_ids.shape[1], NUM_PASSKEYS, REACH)
     return [
         round(hits[depth == part].float().mean().item(), 4) if (depth == part).any() else None
         for part in range(DEPTHS)
     ]
 
 
-def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, title: str) -> list[dict]:
-    """-> curve of the accuracy at the longest length"""
+def attentions(model) -> list[nn.Module]:
+    return [layer.self_attn for layer in model.model.layers]
+
+
+@contextmanager
+def chosen_blocks(model) -> Iterator[list[torch.Tensor]]:
+    """A list that gets the selected blocks of each layer of a forward pass, int64 [B * K, S, num_select]."""
+    module, seen = sys.modules[type(attentions(model)[0]).__module__], []
+    branches = module._PYTORCH
+
+    def attend_selected(query, key, value, blocks, *rest):
+        seen.append(blocks)
+        return branches[1](query, key, value, blocks, *rest)
+
+    module._PYTORCH = branches[0], attend_selected, branches[2]
+    try:
+        yield seen
+    finally:
+        module._PYTORCH = branches
+
+
+def passkeys_selected(model, batch: RecallBatch) -> float:
+    """Share of the questions for which a layer selects the block in which their passkey begins."""
+    with chosen_blocks(model) as layers:
+        passkey_hits(model, "nsa", batch)
+    parts = -(-len(batch.input_ids) // 8)  # of `passkey_hits`, each of LAYERS calls
+    blocks = [torch.cat([layers[part * LAYERS + i] for part in range(parts)]) for i in range(LAYERS)]
+    block = (batch.found_at // NSA_SIZES["nsa_select_block_size"])[..., None]  # [B, P, 1]
+    found = torch.stack([(layer[:, batch.asked_at] == block).any(dim=-1) for layer in blocks]).any(dim=0)
+    return round(found.float().mean().item(), 4)
+
+
+def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, passkey_tokens: int, title: str) -> list[dict]:
+    """-> curve of the accuracy at the longest length, and for NSA of the share of passkeys that are selected"""
     vocab_size, generator = read_index(data)["vocab_size"], torch.Generator().manual_seed(seed)
     schedule = [(length, rows) for length, rows, steps in stages for _ in range(steps)]
     sources = {length: open_rows(data, length, rows, seed) for length, rows, _ in stages}
-    longest = passkey_eval_batch(data, PASSKEY_LENGTHS[-1], 8)
+    longest = passkey_eval_batch(data, stages[-1][0], 16, passkey_tokens)
 
     def loss_of(step: int) -> torch.Tensor:
         rows = sources[schedule[step][0]].batch(step)
-        return passkey_loss(model, kind, hide_passkeys(rows, vocab_size, NUM_PASSKEYS, REACH, generator))
+        batch = hide_passkeys(rows, vocab_size, NUM_PASSKEYS, passkey_tokens, REACH, generator)
+        return passkey_loss(model, kind, batch)
 
     def measure() -> dict:
-        return {"accuracy": round(passkey_hits(model, kind, longest).float().mean().item(), 4)}
+        point = {"accuracy": round(passkey_hits(model, kind, longest).float().mean().item(), 4)}
+        return point | ({"selected": passkeys_selected(model, longest)} if kind == "nsa" else {})
 
-    return train(model, len(schedule), 6e-3, loss_of, measure, 20, title)
+    return train(model, len(schedule), 6e-3, loss_of, measure, 25, title)
 
 
-def passkey_run(arguments, kind: str, seed: int) -> dict:
-    """One training on passkeys -> its curve, and accuracy by length and depth at its end."""
+def passkey_run(
+    arguments,
+    kind: str,
+    seed: int,
+    stages=LONG_STAGES,
+    change: Callable | None = None,
+    name: str = "passkey",
+    passkey_tokens: int = PASSKEY_TOKENS,
+) -> dict:
+    """One training on passkeys -> its curve, and accuracy by length and depth at its end; the weights are kept too."""
+    lengths = [length for length, *_ in stages if length > 64]
 
     def run() -> dict:
         vocab_size = recall_vocab_size(read_index(arguments.data)["vocab_size"])
-        model = make_model(arguments.work / "code" / f"passkey_{kind}_{seed}", kind, seed, vocab_size=vocab_size)
-        curve = train_on_passkeys(model, kind, arguments.data, seed, arguments.stages, f"passkey {kind} {seed}")
+        model = make_model(arguments.work / "code" / f"{name}_{kind}_{seed}", kind, seed, vocab_size=vocab_size)
+        if change is not None:
+            change(model)
+        title = f"{name} {kind} {seed}"
+        curve = train_on_passkeys(model, kind, arguments.data, seed, stages, passkey_tokens, title)
         by_length = {}
-        for length in PASSKEY_LENGTHS:
-            batch = passkey_eval_batch(arguments.data, length, PASSKEY_ROWS)
+        for length in lengths:
+            batch = passkey_eval_batch(arguments.data, length, PASSKEY_ROWS, passkey_tokens)
             hits = passkey_hits(model, kind, batch)
-            by_length[length] = {
+            by_length[str(length)] = {
                 "accuracy": round(hits.float().mean().item(), 4),
                 "by_depth": accuracy_by_depth(hits, batch),
-            }
-        return {"curve": curve, "by_length": by_length}
+            } | ({"selected": passkeys_selected(model, batch)} if kind == "nsa" else {})
+        model.save_pretrained(arguments.work / f"{name}_{kind}_{seed}")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return {"parameters": parameters, "curve": curve, "by_length": by_length}
 
-    options = {"stages": arguments.stages, "data": describe_data(arguments.data), "config": KINDS[kind]}
-    return kept(arguments.work, f"passkey_{kind}_{seed}", options, run)
+    options = {"stages": stages, "data": describe_data(arguments.data), "config": KINDS[kind]}
+    return kept(arguments.work, f"{name}_{kind}_{seed}", options | {"passkey_tokens": passkey_tokens}, run)
+
+
+def at_length(runs: list[dict], length: int, field: str = "accuracy") -> list[float]:
+    """One number of each seed."""
+    return [run["by_length"][str(length)][field] for run in runs]
 
 
 def passkey(arguments) -> dict:
-    kinds = ("full", "nsa", "window")
+    kinds, longest = ("full", "nsa", "window"), LONG_STAGES[-1][0]
     runs = {kind: [passkey_run(arguments, kind, seed) for seed in range(arguments.seeds)] for kind in kinds}
     figure, axes = new_figure(1, 4, width=13, ratios=(1.6, 1, 1, 1))
     for kind, by_seed in runs.items():
-        for seed, run in enumerate(by_seed):
-            label = kind if seed == 0 else None
-            plot_curve(
-                axes[0], run["curve"], "accuracy", color=COLOURS[kind], label=label, ls=("-", "--", ":")[seed % 3]
-            )
-    for end in torch.tensor([steps for *_, steps in arguments.stages]).cumsum(0)[:-1].tolist():
+        plot_seeds(axes[0], by_seed, "accuracy", color=COLOURS[kind], label=kind)
+    for end in torch.tensor([steps for *_, steps in LONG_STAGES]).cumsum(0)[:-1].tolist():
         axes[0].axvline(end, color="0.8", lw=0.8)
-    axes[0].set(xlabel="step", ylabel=f"accuracy at {PASSKEY_LENGTHS[-1]} tokens", ylim=(-0.02, 1.02))
-    axes[0].legend(loc="center left")
+    axes[0].set(xlabel="step", ylabel=f"accuracy at {longest} tokens", ylim=(-0.02, 1.02))
+    axes[0].legend(loc="center right")
     for axis, kind in zip(axes[1:], kinds, strict=True):
         by_length = runs[kind][0]["by_length"]
         grid = [[float("nan") if x is None else x for x in entry["by_depth"]] for entry in by_length.values()]
@@ -353,14 +426,354 @@ def passkey(arguments) -> dict:
         for i, column in enumerate(grid):
             for j, value in enumerate(column):
                 axis.text(i, j, f"{value:.2f}", ha="center", va="center", fontsize=7)
-        axis.set(xlabel="tokens in the row", title=kind)
+        axis.set(xlabel="tokens in the row", title=f"{kind}, seed 0")
         axis.grid(False)
     axes[1].set_ylabel("place of the passkey")
     final = {
-        kind: {length: [run["by_length"][length]["accuracy"] for run in by_seed] for length in by_seed[0]["by_length"]}
-        for kind, by_seed in json.loads(json.dumps(runs)).items()
+        kind: {length: at_length(by_seed, length) for length in by_seed[0]["by_length"]}
+        for kind, by_seed in runs.items()
     }
-    return finish("passkey", arguments, figure, {"final_accuracy": final, "reach_of_windows": REACH, "runs": runs})
+    selected = {length: at_length(runs["nsa"], length, "selected") for length in final["nsa"]}
+    results = {"final_accuracy": final, "selected": selected, "reach_of_windows": REACH, "stages": LONG_STAGES}
+    return finish("passkey", arguments, figure, results | {"passkey_tokens": PASSKEY_TOKENS, "runs": runs})
+
+
+def needle(arguments) -> dict:
+    """How long a passkey must be for NSA to learn where it stands."""
+    table, runs, longest = {}, {}, SHORT_STAGES[-1][0]
+    figure, axes = new_figure(1, 2, width=11)
+    for place, tokens in enumerate((1, 2, 4)):
+        for kind in ("full", "nsa"):
+            name = f"{tokens}_{kind}"
+            options = {"stages": SHORT_STAGES, "name": f"needle_{tokens}", "passkey_tokens": tokens}
+            runs[name] = [passkey_run(arguments, kind, seed, **options) for seed in range(arguments.seeds)]
+            table[name] = {"accuracy": at_length(runs[name], longest)}
+            style = {"color": f"C{place}", "label": f"{kind}, passkeys of {tokens} tokens"}
+            plot_seeds(axes[0], runs[name], "accuracy", alpha=1.0 if kind == "nsa" else 0.4, **style)
+            if kind == "nsa":
+                table[name]["selected"] = at_length(runs[name], longest, "selected")
+                plot_seeds(axes[1], runs[name], "selected", **style)
+    axes[0].set(xlabel="step", ylabel=f"accuracy at {longest} tokens", ylim=(-0.02, 1.02))
+    axes[1].set(xlabel="step", ylabel="passkeys in selected blocks", ylim=(-0.02, 1.02))
+    axes[0].legend(fontsize=7)
+    return finish("needle", arguments, figure, {"table": table, "stages": SHORT_STAGES, "runs": runs})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the paper leaves open
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def start_at_mean(model):
+    """W_2 = 0: phi is the mean at first, as in a converted model."""
+    for attention in attentions(model):
+        for compressor in (attention.compress_key, attention.compress_value):
+            nn.init.zeros_(compressor.down_proj.weight)
+
+
+def compress_by_mean(model):
+    """phi is the mean of a block."""
+    for attention in attentions(model):
+        for compressor in (attention.compress_key, attention.compress_value):
+            compressor.forward = lambda x, c=compressor: x.unfold(-2, c.block, c.stride).mean(dim=-1)
+
+
+def compress_by_mlp(model):
+    """phi is the MLP without the mean, with weights of size 1 / sqrt(inputs) to make up for it."""
+
+    def forward(x: torch.Tensor, compressor: nn.Module) -> torch.Tensor:
+        blocks = x.unfold(-2, compressor.block, compressor.stride).transpose(-1, -2)
+        return compressor.down_proj(F.silu(compressor.up_proj((blocks + compressor.position).flatten(-2))))
+
+    for attention in attentions(model):
+        for compressor in (attention.compress_key, attention.compress_value):
+            for linear in (compressor.up_proj, compressor.down_proj):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            compressor.forward = partial(forward, compressor=compressor)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation; states [..., T, D], cos and sin broadcastable to [..., T, D/2]"""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_before_compressing(model):
+    """Compressed keys are made of rotated keys and not rotated again."""
+    for attention in attentions(model):
+
+        def compress(key, value, angles, attention=attention):
+            return attention.compress_key(rotate(key, *angles.chunk(2, dim=-1))), attention.compress_value(value)
+
+        attention._compress = compress
+
+
+def no_rotation_in_compressed(model):
+    """Compressed keys are not rotated, and meet queries whose rotation is undone."""
+    module, rotary = sys.modules[type(attentions(model)[0]).__module__], model.model.rotary_emb
+    attend, *others = module._PYTORCH
+
+    def unrotated(query, key, value, scaling, first_position, sizes):
+        positions = torch.arange(first_position, first_position + query.shape[1])[None]
+        cos, sin = (angle[0] for angle in rotary(query, positions))  # [S, D/2]
+        back = rotate(query.transpose(1, 2), cos, -sin).transpose(1, 2)
+        return attend(back, key, value, scaling, first_position, sizes)
+
+    module._PYTORCH = unrotated, *others
+    for attention in attentions(model):
+        attention._compress = lambda key, value, angles, a=attention: (a.compress_key(key), a.compress_value(value))
+
+
+class SharedGate(nn.Module):
+    """One gate for each branch, the same for all heads."""
+
+    def __init__(self, gate: nn.Linear):
+        super().__init__()
+        self.linear, self.heads = nn.Linear(gate.in_features, 3), gate.out_features // 3
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states).repeat(1, 1, self.heads)
+
+
+def share_gates(model):
+    for attention in attentions(model):
+        attention.branch_gate = SharedGate(attention.branch_gate)
+
+
+def share_keys_and_values(model):
+    """One projection for keys and one for values of all branches."""
+    for attention in attentions(model):
+        for branch in ("select", "window"):
+            for part in ("k", "v"):
+                setattr(attention, f"{branch}_{part}_proj", getattr(attention, f"compress_{part}_proj"))
+
+
+CHOICES = {
+    "as_is": None,
+    "zero_start": start_at_mean,
+    "mean": compress_by_mean,
+    "mlp": compress_by_mlp,
+    "rotate_first": rotate_before_compressing,
+    "no_rotation": no_rotation_in_compressed,
+    "shared_gates": share_gates,
+    "shared_kv": share_keys_and_values,
+}
+CHOICE_LABELS = {
+    "as_is": "as it is: mean + MLP, rotated after, gates by head, own K and V",
+    "zero_start": "compressor: mean + MLP that begins at 0",
+    "mean": "compressor: mean only",
+    "mlp": "compressor: MLP only",
+    "rotate_first": "keys rotated before compressing",
+    "no_rotation": "no rotation in the compressed branch",
+    "shared_gates": "gates shared by the heads",
+    "shared_kv": "keys and values shared by the branches",
+}
+
+
+def choices(arguments) -> dict:
+    table, runs, longest = {}, {}, SHORT_STAGES[-1][0]
+    figure, axes = new_figure(1, 2, width=12)
+    for place, (name, change) in enumerate(CHOICES.items()):
+        options = {"stages": SHORT_STAGES, "change": change, "name": f"choice_{name}"}
+        runs[name] = [passkey_run(arguments, "nsa", seed, **options) for seed in range(arguments.seeds)]
+        table[name] = {
+            "what": CHOICE_LABELS[name],
+            "parameters": runs[name][0]["parameters"],
+            "accuracy": at_length(runs[name], longest),
+            "selected": at_length(runs[name], longest, "selected"),
+            "steps_to_half": [steps_to(run["curve"], 0.5) for run in runs[name]],
+        }
+        style = {"color": f"C{place}", "label": CHOICE_LABELS[name], "lw": 2.5 if change is None else 1.2}
+        plot_seeds(axes[0], runs[name], "accuracy", **style)
+        plot_seeds(axes[1], runs[name], "selected", **style)
+    axes[0].set(xlabel="step", ylabel=f"passkey accuracy at {longest} tokens", ylim=(-0.02, 1.02))
+    axes[0].legend(fontsize=7)
+    axes[1].set(xlabel="step", ylabel="passkeys in selected blocks", ylim=(-0.02, 1.02))
+    return finish("choices", arguments, figure, {"table": table, "stages": SHORT_STAGES, "runs": runs})
+
+
+def steps_to(curve: list[dict], accuracy: float) -> int | None:
+    """The first measured step with at least this accuracy."""
+    return next((point["step"] for point in curve if point["accuracy"] >= accuracy), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A dense checkpoint becomes a sparse one
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).train()
+
+
+def convert(tool, source: Path, output: Path, sizes: dict[str, int], prefix: str) -> Path:
+    """Runs a tool of tools/ by its command line."""
+    shutil.rmtree(output, ignore_errors=True)
+    flags = [f"--{name.removeprefix(prefix).replace('_', '-')}={size}" for name, size in sizes.items()]
+    if tool.main([str(source), str(output), *flags]):
+        raise RuntimeError(f"{tool.__name__} failed on {source}")
+    return output
+
+
+def upcycle(arguments) -> dict:
+    dense = text_run(arguments, "full", 0)["curve"]
+    source, steps = arguments.work / "text_full_0", arguments.continued_steps
+
+    def run(kind: str) -> dict:
+        folder = source
+        if kind == "nsa":
+            folder = convert(upcycle_nsa, source, arguments.work / "upcycled", NSA_SIZES, "nsa_")
+        # other rows than before; the rate starts where the dense run's ended, and rises again to half of its peak
+        options = {"first_step": arguments.steps, "learning_rate": 1.5e-3, "every": 10, "warmup": 20}
+        title = f"upcycle {kind}"
+        return {"curve": train_on_text(load(folder), kind, arguments.data, 0, steps, title, **options)}
+
+    options = {"steps": arguments.steps, "continued": steps, "data": describe_data(arguments.data), "config": GQA}
+    runs = {kind: kept(arguments.work, f"upcycle_{kind}", options, partial(run, kind)) for kind in ("full", "nsa")}
+    curves = {kind: run["curve"] for kind, run in runs.items()}
+    scratch = text_run(arguments, "nsa", 0)["curve"]
+    figure, axes = new_figure(1, 1)
+    plot_curve(axes, dense, "held_out_loss", color=COLOURS["full"], label="full, from nothing")
+    plot_curve(axes, scratch, "held_out_loss", color=COLOURS["nsa"], ls=":", label="nsa, from nothing")
+    for kind, label in (("full", "full, continued"), ("nsa", "converted to nsa, continued")):
+        moved = [point | {"step": point["step"] + arguments.steps} for point in curves[kind]]
+        plot_curve(axes, moved, "held_out_loss", color=COLOURS[kind], lw=2, marker=".", label=label)
+    axes.axvline(arguments.steps, color="0.8", lw=0.8)
+    low = min(point["held_out_loss"] for point in curves["full"])
+    axes.set(xlabel="step", ylabel="held-out loss, nats a token", ylim=(low - 0.1, low + 1.5))
+    axes.legend()
+    results = {
+        "dense": curves["full"][0]["held_out_loss"],
+        "converted": curves["nsa"][0]["held_out_loss"],
+        "dense_continued": curves["full"][-1]["held_out_loss"],
+        "converted_continued": curves["nsa"][-1]["held_out_loss"],
+        "runs": curves,
+    }
+    return finish("upcycle", arguments, figure, results)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# DeepSeek sparse attention
+# ---------------------------------------------------------------------------------------------------------------
+
+INDEXER_SIZES = {"index_topk": 64, "index_n_heads": 4, "index_head_dim": 32}
+DSA_TOKENS, DSA_ROWS = 512, 4  # of the indexer's stages
+DSA_STAGES = (*SHORT_STAGES, (DSA_TOKENS, DSA_ROWS, 50))  # of the dense model
+
+
+@torch.no_grad()
+def indexer_recall(model, batch: RecallBatch) -> dict:
+    """How many of the tokens with the most attention the indexer finds, mean over layers and over queries that have
+    more than `index_topk` tokens to choose from; and the share of the attention that lies on what it finds.
+
+    Attention is that of the model without selection: as many tokens are allowed as there are.
+    """
+    topk, states = model.config.index_topk, []
+    indexers = [layer.self_attn.indexer for layer in model.model.layers]
+    hooks = [indexer.register_forward_hook(lambda _, __, output: states.append(output)) for indexer in indexers]
+    attention = model.config._attn_implementation
+    model.eval()
+    model.config.index_topk, model.config._attn_implementation = batch.input_ids.shape[1], "eager"
+    try:
+        maps = model(input_ids=batch.input_ids, output_attentions=True, use_cache=False).attentions
+    finally:
+        model.config.index_topk, model.config._attn_implementation = topk, attention
+        for hook in hooks:
+            hook.remove()
+        model.train()
+    found, covered = [], []
+    for probs, (query, weights, key) in zip(maps, states, strict=True):
+        total = probs.mean(dim=1)  # [B, S, T]
+        scores = torch.einsum("bshd,btd->bsht", query, key).relu().mul(weights[..., None]).sum(dim=2)  # [B, S, T]
+        hidden = torch.ones(total.shape[1:], dtype=torch.bool).triu(1)
+        chosen = scores.masked_fill(hidden, float("-inf")).topk(topk).indices[:, topk:]  # [B, S - topk, topk]
+        best = torch.zeros_like(total).scatter_(2, total.masked_fill(hidden, -1.0).topk(topk).indices, 1.0)[:, topk:]
+        found.append(best.gather(2, chosen).mean().item())
+        covered.append(total[:, topk:].gather(2, chosen).sum(dim=-1).mean().item())
+    return {"recall": round(sum(found) / LAYERS, 4), "attention_covered": round(sum(covered) / LAYERS, 4)}
+
+
+def dsa(arguments) -> dict:
+    vocab_size = read_index(arguments.data)["vocab_size"]
+    dense_run = passkey_run(arguments, "mla", 0, stages=DSA_STAGES, name="dsa_source")
+    source = arguments.work / "dsa_source_mla_0"
+    rows = open_rows(arguments.data, DSA_TOKENS, DSA_ROWS, seed=1)
+    batch = passkey_eval_batch(arguments.data, DSA_TOKENS, 8)
+
+    def continue_training(
+        model, steps: int, rate: float, title: str, indexed: bool = True, first: int = 0
+    ) -> list[dict]:
+        generator = torch.Generator().manual_seed(3 + first)
+        index_losses = []
+
+        def loss_of(step: int) -> torch.Tensor:
+            train_batch = hide_passkeys(
+                rows.batch(first + step), vocab_size, NUM_PASSKEYS, PASSKEY_TOKENS, REACH, generator
+            )
+            output = model.model(input_ids=train_batch.input_ids, use_cache=False)
+            logits = model.lm_head(output.last_hidden_state[:, train_batch.asked_at])
+            loss = F.cross_entropy(logits.flatten(0, 1), train_batch.answers.flatten())
+            if not indexed:
+                return loss
+            index_losses.append(output.index_loss.item() / LAYERS)
+            return loss + output.index_loss
+
+        def measure() -> dict:
+            model.eval()
+            with torch.no_grad():
+                loss = passkey_loss(model, "mla", batch).item()
+            hits = passkey_hits(model, "mla", batch)
+            point = {"loss": round(loss, 4), "accuracy": round(hits.float().mean().item(), 4)}
+            if indexed:
+                sparse, model.config.index_warmup = model.config.index_warmup, False
+                point |= indexer_recall(model, batch)
+                model.config.index_warmup = sparse
+            if index_losses:
+                point["index_loss"] = round(sum(index_losses[-10:]) / len(index_losses[-10:]), 4)
+            return point
+
+        return train(model, steps, rate, loss_of, measure, 10, title, warmup=5)
+
+    def run() -> dict:
+        folder = convert(add_indexer, source, arguments.work / "indexed", INDEXER_SIZES, "")
+        model = load(folder)
+        model.config.index_warmup = True
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            layer.self_attn.indexer.requires_grad_(True)
+        warmup = continue_training(model, arguments.indexer_steps, 5e-3, "dsa, warm-up")
+        model.config.index_warmup = False
+        model.requires_grad_(True)
+        sparse = continue_training(model, arguments.indexer_steps, 1e-3, "dsa, sparse", first=arguments.indexer_steps)
+        control = continue_training(
+            load(source), arguments.indexer_steps, 1e-3, "dsa, dense", indexed=False, first=arguments.indexer_steps
+        )
+        return {"warmup": warmup, "sparse": sparse, "dense": control}
+
+    options = {"stages": DSA_STAGES, "steps": arguments.indexer_steps, "config": KINDS["mla"] | INDEXER_SIZES}
+    runs = kept(arguments.work, "dsa", options, run)
+    figure, axes = new_figure(1, 3, width=13)
+    shift = arguments.indexer_steps
+    for stage, colour in (("warmup", "C1"), ("sparse", "C2"), ("dense", "C0")):
+        moved = [point | {"step": point["step"] + (0 if stage == "warmup" else shift)} for point in runs[stage]]
+        label = {"warmup": "warm-up", "sparse": "sparse", "dense": "dense MLA"}[stage]
+        plot_curve(axes[0], moved, "recall", color=colour, label=f"{label}: true top-k found")
+        plot_curve(axes[0], moved, "attention_covered", color=colour, ls="--", label=f"{label}: attention covered")
+        plot_curve(axes[1], moved, "index_loss", color=colour, label=label)
+        plot_curve(axes[2], moved, "accuracy", color=colour, label=label)
+    axes[0].set(xlabel="step", ylabel="indexer", ylim=(0, 1.02))
+    axes[1].set(xlabel="step", ylabel="KL of a layer, nats", yscale="log")
+    axes[2].set(xlabel="step", ylabel=f"passkey accuracy, {INDEXER_SIZES['index_topk']} of {DSA_TOKENS} tokens read")
+    axes[2].set_ylim(-0.02, 1.02)
+    handles, labels = axes[0].get_legend_handles_labels()
+    kept_labels = [i for i, label in enumerate(labels) if "dense" not in label]
+    axes[0].legend([handles[i] for i in kept_labels], [labels[i] for i in kept_labels], fontsize=8)
+    axes[1].legend()
+    axes[2].legend()
+    final = {stage: curve[-1] for stage, curve in runs.items()}
+    results = {"start": runs["warmup"][0], "final": final, "dense_run": dense_run, "runs": runs}
+    return finish("dsa", arguments, figure, results)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -385,6 +798,14 @@ def plot_curve(axes, curve: list[dict], field: str, **style):
     axes.plot([point["step"] for point in points], [point[field] for point in points], **style)
 
 
+def plot_seeds(axes, runs: list[dict], field: str, label: str, **style):
+    """One line for each seed, of its own dash."""
+    for seed, run in enumerate(runs):
+        plot_curve(
+            axes, run["curve"], field, label=label if seed == 0 else None, ls=("-", "--", ":")[seed % 3], **style
+        )
+
+
 def finish(name: str, arguments, figure, results: dict) -> dict:
     """Writes the result file and the picture."""
     head = {"machine": describe_machine(), "data": describe_data(arguments.data), "nsa_sizes": NSA_SIZES}
@@ -399,13 +820,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("name", choices=tuple(BENCHMARKS), help="what to train and compare")
     parser.add_argument("--data", type=Path, required=True, help="folder written by python -m pretrain.data")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="finished trainings (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind (%(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="steps of each training on text (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="steps of each training on text (%(default)s)")
+    parser.add_argument("--continued-steps", type=int, default=150, help="of `upcycle`, after those (%(default)s)")
+    parser.add_argument("--indexer-steps", type=int, default=100, help="of each stage of `dsa` (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (%(default)s)")
     return parser
 
 
-BENCHMARKS = {"text": text, "passkey": passkey}
+BENCHMARKS = {function.__name__: function for function in (passkey, needle, choices, text, upcycle, dsa)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -413,7 +836,6 @@ def main(argv: list[str] | None = None) -> int:
     if not (arguments.data / INDEX_NAME).is_file():
         print(f"error: {arguments.data / INDEX_NAME} does not exist; write a dataset with `python -m pretrain.data`")
         return 2
-    arguments.stages = PASSKEY_STAGES
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
