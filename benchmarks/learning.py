@@ -376,7 +376,7 @@ def passkey_run(
     name: str = "passkey",
     passkey_tokens: int = PASSKEY_TOKENS,
 ) -> dict:
-    """One training on passkeys -> its curve, and accuracy by length and depth at its end; the weights are kept too."""
+    """One training on passkeys -> its curve, and accuracy by length and depth at its end; the weights of unchanged models too."""
     lengths = [length for length, *_ in stages if length > 64]
 
     def run() -> dict:
@@ -394,7 +394,8 @@ def passkey_run(
                 "accuracy": round(hits.float().mean().item(), 4),
                 "by_depth": accuracy_by_depth(hits, batch),
             } | ({"selected": passkeys_selected(model, batch)} if kind == "nsa" else {})
-        model.save_pretrained(arguments.work / f"{name}_{kind}_{seed}")
+        if change is None:
+            model.save_pretrained(arguments.work / f"{name}_{kind}_{seed}")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {"parameters": parameters, "curve": curve, "by_length": by_length}
 
