@@ -1,7 +1,6 @@
 """Do sparse attentions learn what dense attention learns? Small models from nothing, on the same data and steps.
 
     python -m benchmarks.learning passkey --data runs/data    # finding passkeys far outside the window
-    python -m benchmarks.learning needle  --data runs/data    # passkeys of one, two and four tokens: what is selected
     python -m benchmarks.learning choices --data runs/data    # what the NSA paper leaves open
     python -m benchmarks.learning text    --data runs/data    # NSA, full attention and a window alone on real text
     python -m benchmarks.learning upcycle --data runs/data    # `text`'s full model turned into NSA, both trained on
@@ -12,8 +11,9 @@ training is kept in --work and not repeated, so that a stopped run goes on. Writ
 and .png. The sizes are such that selection selects: a query at the end of a row reads at most 80 of 1,024 tokens, besides the
 compressed entries.
 
-"full" and "window" are the same grouped-query model; "window" has a mask that hides all but the last `nsa_window_size`
-tokens in every layer. NSA has its widths, and more parameters: keys and values of three branches, compressors, gates.
+"nsa_fine" is "nsa" with compressed blocks of 4 every 2 tokens, rather than of 8 every 4. "full" and "window" are one
+grouped-query model; "window" has a mask that hides all but the last `nsa_window_size` tokens in every layer. NSA has its
+widths, and more parameters: keys and values of three branches, compressors, gates.
 """
 
 import argparse
@@ -46,6 +46,7 @@ NSA_SIZES = {
     "nsa_num_local_blocks": 2,
     "nsa_window_size": 16,
 }
+FINE = {"nsa_compress_block_size": 4, "nsa_compress_stride": 2}  # then a passkey fills a compressed block
 WINDOW, LAYERS = NSA_SIZES["nsa_window_size"], 2
 REACH = LAYERS * (WINDOW - 1)  # tokens back from which anything can come through windows alone
 GQA = {
@@ -62,6 +63,7 @@ GQA = {
 KINDS = {
     "full": GQA | {"model_type": "llama"},
     "nsa": GQA | {"model_type": "deepseek_nsa"} | NSA_SIZES,
+    "nsa_fine": GQA | {"model_type": "deepseek_nsa"} | NSA_SIZES | FINE,
     "window": GQA | {"model_type": "llama"},
     "mla": {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -86,9 +88,9 @@ TEXT_TOKENS, TEXT_ROWS, HELD_OUT_TOKENS = 1024, 2, 16384  # of a row, rows of a 
 NUM_PASSKEYS, PASSKEY_TOKENS = 6, 4
 # tokens of a row, rows of a batch, steps
 LONG_STAGES = ((64, 32, 150), (128, 16, 100), (256, 8, 100), (512, 4, 100), (1024, 2, 100))
-SHORT_STAGES = ((128, 16, 120), (256, 8, 60))
-PASSKEY_ROWS, DEPTHS = 32, 8  # of the last measurement; depths are eighths
-COLOURS = {"full": "C0", "nsa": "C2", "window": "C3"}
+SHORT_STAGES = ((64, 32, 80),)
+PASSKEY_LENGTHS, PASSKEY_ROWS, DEPTHS = (128, 256, 512, 1024), 32, 8  # of the last measurement; depths are eighths
+COLOURS = {"full": "C0", "nsa": "C2", "nsa_fine": "C4", "window": "C3"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,19 +294,18 @@ def passkey_loss(model, kind: str, batch: RecallBatch) -> torch.Tensor:
 def passkey_hits(model, kind: str, batch: RecallBatch) -> torch.Tensor:
     """bool [B, P]: is the answer the likeliest of all tokens?"""
     model.eval()
-    parts = [batch._replace(input_ids=ids) for ids in batch.input_ids.split(8)]
-    hits = torch.cat([passkey_logits(model, kind, part).argmax(dim=-1) for part in parts]) == batch.answers
+    hits = passkey_logits(model, kind, batch).argmax(dim=-1) == batch.answers
     model.train()
     return hits
 
 
-def passkey_eval_batch(data: Path, length: int, rows: int, passkey_tokens: int = PASSKEY_TOKENS) -> RecallBatch:
+def passkey_eval_batch(data: Path, length: int, rows: int) -> RecallBatch:
     """Held-out rows, the same for every model."""
     vocab_size = read_index(data)["vocab_size"]
     windows = held_out_windows(data, length, 32 * length)
     picked = torch.randperm(len(windows), generator=torch.Generator().manual_seed(1))[:rows]
     generator = torch.Generator().manual_seed(2)
-    return hide_passkeys(windows[picked], vocab_size, NUM_PASSKEYS, passkey_tokens, REACH, generator)
+    return hide_passkeys(windows[picked], vocab_size, NUM_PASSKEYS, PASSKEY_TOKENS, REACH, generator)
 
 
 def accuracy_by_depth(hits: torch.Tensor, batch: RecallBatch) -> list[float | None]:
@@ -337,34 +338,36 @@ def chosen_blocks(model) -> Iterator[list[torch.Tensor]]:
         module._PYTORCH = branches
 
 
-def passkeys_selected(model, batch: RecallBatch) -> float:
-    """Share of the questions for which a layer selects the block in which their passkey begins."""
-    with chosen_blocks(model) as layers:
-        passkey_hits(model, "nsa", batch)
-    parts = -(-len(batch.input_ids) // 8)  # of `passkey_hits`, each of LAYERS calls
-    blocks = [torch.cat([layers[part * LAYERS + i] for part in range(parts)]) for i in range(LAYERS)]
-    block = (batch.found_at // NSA_SIZES["nsa_select_block_size"])[..., None]  # [B, P, 1]
-    found = torch.stack([(layer[:, batch.asked_at] == block).any(dim=-1) for layer in blocks]).any(dim=0)
-    return round(found.float().mean().item(), 4)
+def measure_passkeys(model, kind: str, batch: RecallBatch) -> tuple[dict, torch.Tensor]:
+    """-> accuracy, and for NSA the share of questions for which a layer selects the block in which their passkey begins;
+    and the right answers, bool [B, P]"""
+    hits, found = [], []
+    for rows in range(0, len(batch.input_ids), 8):
+        part = RecallBatch(*(x if x is batch.asked_at else x[rows : rows + 8] for x in batch))
+        if not kind.startswith("nsa"):
+            hits.append(passkey_hits(model, kind, part))
+            continue
+        with chosen_blocks(model) as layers:
+            hits.append(passkey_hits(model, kind, part))
+        block = (part.found_at // NSA_SIZES["nsa_select_block_size"])[..., None]  # [B, P, 1]
+        found.append(torch.stack([(layer[:, part.asked_at] == block).any(dim=-1) for layer in layers]).any(dim=0))
+    numbers = {"accuracy": hits} | ({"selected": found} if found else {})
+    return {name: round(torch.cat(x).float().mean().item(), 4) for name, x in numbers.items()}, torch.cat(hits)
 
 
-def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, passkey_tokens: int, title: str) -> list[dict]:
+def train_on_passkeys(model, kind: str, data: Path, seed: int, stages, title: str) -> list[dict]:
     """-> curve of the accuracy at the longest length, and for NSA of the share of passkeys that are selected"""
     vocab_size, generator = read_index(data)["vocab_size"], torch.Generator().manual_seed(seed)
     schedule = [(length, rows) for length, rows, steps in stages for _ in range(steps)]
     sources = {length: open_rows(data, length, rows, seed) for length, rows, _ in stages}
-    longest = passkey_eval_batch(data, stages[-1][0], 16, passkey_tokens)
+    longest = passkey_eval_batch(data, PASSKEY_LENGTHS[-1], 16)
 
     def loss_of(step: int) -> torch.Tensor:
         rows = sources[schedule[step][0]].batch(step)
-        batch = hide_passkeys(rows, vocab_size, NUM_PASSKEYS, passkey_tokens, REACH, generator)
+        batch = hide_passkeys(rows, vocab_size, NUM_PASSKEYS, PASSKEY_TOKENS, REACH, generator)
         return passkey_loss(model, kind, batch)
 
-    def measure() -> dict:
-        point = {"accuracy": round(passkey_hits(model, kind, longest).float().mean().item(), 4)}
-        return point | ({"selected": passkeys_selected(model, longest)} if kind == "nsa" else {})
-
-    return train(model, len(schedule), 6e-3, loss_of, measure, 25, title)
+    return train(model, len(schedule), 6e-3, loss_of, lambda: measure_passkeys(model, kind, longest)[0], 25, title)
 
 
 def passkey_run(
@@ -374,10 +377,11 @@ def passkey_run(
     stages=LONG_STAGES,
     change: Callable | None = None,
     name: str = "passkey",
-    passkey_tokens: int = PASSKEY_TOKENS,
 ) -> dict:
-    """One training on passkeys -> its curve, and accuracy by length and depth at its end; the weights of unchanged models too."""
-    lengths = [length for length, *_ in stages if length > 64]
+    """One training on passkeys -> its curve, and accuracy by length and depth at its end.
+
+    The weights are kept too, unless `change` made another model of it.
+    """
 
     def run() -> dict:
         vocab_size = recall_vocab_size(read_index(arguments.data)["vocab_size"])
@@ -385,22 +389,19 @@ def passkey_run(
         if change is not None:
             change(model)
         title = f"{name} {kind} {seed}"
-        curve = train_on_passkeys(model, kind, arguments.data, seed, stages, passkey_tokens, title)
+        curve = train_on_passkeys(model, kind, arguments.data, seed, stages, title)
         by_length = {}
-        for length in lengths:
-            batch = passkey_eval_batch(arguments.data, length, PASSKEY_ROWS, passkey_tokens)
-            hits = passkey_hits(model, kind, batch)
-            by_length[str(length)] = {
-                "accuracy": round(hits.float().mean().item(), 4),
-                "by_depth": accuracy_by_depth(hits, batch),
-            } | ({"selected": passkeys_selected(model, batch)} if kind == "nsa" else {})
+        for length in PASSKEY_LENGTHS:
+            batch = passkey_eval_batch(arguments.data, length, PASSKEY_ROWS)
+            numbers, hits = measure_passkeys(model, kind, batch)
+            by_length[str(length)] = numbers | {"by_depth": accuracy_by_depth(hits, batch)}
         if change is None:
             model.save_pretrained(arguments.work / f"{name}_{kind}_{seed}")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {"parameters": parameters, "curve": curve, "by_length": by_length}
 
     options = {"stages": stages, "data": describe_data(arguments.data), "config": KINDS[kind]}
-    return kept(arguments.work, f"{name}_{kind}_{seed}", options | {"passkey_tokens": passkey_tokens}, run)
+    return kept(arguments.work, f"{name}_{kind}_{seed}", options | {"passkey_tokens": PASSKEY_TOKENS}, run)
 
 
 def at_length(runs: list[dict], length: int, field: str = "accuracy") -> list[float]:
@@ -409,15 +410,15 @@ def at_length(runs: list[dict], length: int, field: str = "accuracy") -> list[fl
 
 
 def passkey(arguments) -> dict:
-    kinds, longest = ("full", "nsa", "window"), LONG_STAGES[-1][0]
+    kinds, longest = ("full", "nsa_fine", "nsa", "window"), PASSKEY_LENGTHS[-1]
     runs = {kind: [passkey_run(arguments, kind, seed) for seed in range(arguments.seeds)] for kind in kinds}
-    figure, axes = new_figure(1, 4, width=13, ratios=(1.6, 1, 1, 1))
+    figure, axes = new_figure(1, 5, width=15, ratios=(1.8, 1, 1, 1, 1))
     for kind, by_seed in runs.items():
         plot_seeds(axes[0], by_seed, "accuracy", color=COLOURS[kind], label=kind)
     for end in torch.tensor([steps for *_, steps in LONG_STAGES]).cumsum(0)[:-1].tolist():
         axes[0].axvline(end, color="0.8", lw=0.8)
     axes[0].set(xlabel="step", ylabel=f"accuracy at {longest} tokens", ylim=(-0.02, 1.02))
-    axes[0].legend(loc="center right")
+    axes[0].legend(loc="lower right", bbox_to_anchor=(1, 0.18), fontsize=8)
     for axis, kind in zip(axes[1:], kinds, strict=True):
         by_length = runs[kind][0]["by_length"]
         grid = [[float("nan") if x is None else x for x in entry["by_depth"]] for entry in by_length.values()]
@@ -434,30 +435,18 @@ def passkey(arguments) -> dict:
         kind: {length: at_length(by_seed, length) for length in by_seed[0]["by_length"]}
         for kind, by_seed in runs.items()
     }
-    selected = {length: at_length(runs["nsa"], length, "selected") for length in final["nsa"]}
-    results = {"final_accuracy": final, "selected": selected, "reach_of_windows": REACH, "stages": LONG_STAGES}
+    selected = {
+        kind: {length: at_length(runs[kind], length, "selected") for length in final[kind]}
+        for kind in ("nsa_fine", "nsa")
+    }
+    results = {
+        "final_accuracy": final,
+        "selected": selected,
+        "fine": FINE,
+        "reach_of_windows": REACH,
+        "stages": LONG_STAGES,
+    }
     return finish("passkey", arguments, figure, results | {"passkey_tokens": PASSKEY_TOKENS, "runs": runs})
-
-
-def needle(arguments) -> dict:
-    """How long a passkey must be for NSA to learn where it stands."""
-    table, runs, longest = {}, {}, SHORT_STAGES[-1][0]
-    figure, axes = new_figure(1, 2, width=11)
-    for place, tokens in enumerate((1, 2, 4)):
-        for kind in ("full", "nsa"):
-            name = f"{tokens}_{kind}"
-            options = {"stages": SHORT_STAGES, "name": f"needle_{tokens}", "passkey_tokens": tokens}
-            runs[name] = [passkey_run(arguments, kind, seed, **options) for seed in range(arguments.seeds)]
-            table[name] = {"accuracy": at_length(runs[name], longest)}
-            style = {"color": f"C{place}", "label": f"{kind}, passkeys of {tokens} tokens"}
-            plot_seeds(axes[0], runs[name], "accuracy", alpha=1.0 if kind == "nsa" else 0.4, **style)
-            if kind == "nsa":
-                table[name]["selected"] = at_length(runs[name], longest, "selected")
-                plot_seeds(axes[1], runs[name], "selected", **style)
-    axes[0].set(xlabel="step", ylabel=f"accuracy at {longest} tokens", ylim=(-0.02, 1.02))
-    axes[1].set(xlabel="step", ylabel="passkeys in selected blocks", ylim=(-0.02, 1.02))
-    axes[0].legend(fontsize=7)
-    return finish("needle", arguments, figure, {"table": table, "stages": SHORT_STAGES, "runs": runs})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -573,17 +562,14 @@ CHOICE_LABELS = {
 
 
 def choices(arguments) -> dict:
-    table, runs, longest = {}, {}, SHORT_STAGES[-1][0]
+    table, runs, longest = {}, {}, PASSKEY_LENGTHS[-1]
     figure, axes = new_figure(1, 2, width=12)
     for place, (name, change) in enumerate(CHOICES.items()):
         options = {"stages": SHORT_STAGES, "change": change, "name": f"choice_{name}"}
-        runs[name] = [passkey_run(arguments, "nsa", seed, **options) for seed in range(arguments.seeds)]
-        table[name] = {
-            "what": CHOICE_LABELS[name],
-            "parameters": runs[name][0]["parameters"],
-            "accuracy": at_length(runs[name], longest),
-            "selected": at_length(runs[name], longest, "selected"),
-            "steps_to_half": [steps_to(run["curve"], 0.5) for run in runs[name]],
+        runs[name] = [passkey_run(arguments, "nsa_fine", seed, **options) for seed in range(arguments.seeds)]
+        table[name] = {"what": CHOICE_LABELS[name], "parameters": runs[name][0]["parameters"]} | {
+            field: {length: at_length(runs[name], length, field) for length in (PASSKEY_LENGTHS[0], longest)}
+            for field in ("accuracy", "selected")
         }
         style = {"color": f"C{place}", "label": CHOICE_LABELS[name], "lw": 2.5 if change is None else 1.2}
         plot_seeds(axes[0], runs[name], "accuracy", **style)
@@ -592,11 +578,6 @@ def choices(arguments) -> dict:
     axes[0].legend(fontsize=7)
     axes[1].set(xlabel="step", ylabel="passkeys in selected blocks", ylim=(-0.02, 1.02))
     return finish("choices", arguments, figure, {"table": table, "stages": SHORT_STAGES, "runs": runs})
-
-
-def steps_to(curve: list[dict], accuracy: float) -> int | None:
-    """The first measured step with at least this accuracy."""
-    return next((point["step"] for point in curve if point["accuracy"] >= accuracy), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -625,8 +606,8 @@ def upcycle(arguments) -> dict:
         folder = source
         if kind == "nsa":
             folder = convert(upcycle_nsa, source, arguments.work / "upcycled", NSA_SIZES, "nsa_")
-        # other rows than before; the rate starts where the dense run's ended, and rises again to half of its peak
-        options = {"first_step": arguments.steps, "learning_rate": 1.5e-3, "every": 10, "warmup": 20}
+        # other rows than before, at the rate at which the dense run ended
+        options = {"first_step": arguments.steps, "learning_rate": 6e-4, "every": 10, "warmup": 20}
         title = f"upcycle {kind}"
         return {"curve": train_on_text(load(folder), kind, arguments.data, 0, steps, title, **options)}
 
@@ -660,7 +641,7 @@ def upcycle(arguments) -> dict:
 
 INDEXER_SIZES = {"index_topk": 64, "index_n_heads": 4, "index_head_dim": 32}
 DSA_TOKENS, DSA_ROWS = 512, 4  # of the indexer's stages
-DSA_STAGES = (*SHORT_STAGES, (DSA_TOKENS, DSA_ROWS, 50))  # of the dense model
+DSA_STAGES = ((128, 16, 120), (256, 8, 60), (DSA_TOKENS, DSA_ROWS, 50))  # of the dense model
 
 
 @torch.no_grad()
@@ -761,7 +742,8 @@ def dsa(arguments) -> dict:
         label = {"warmup": "warm-up", "sparse": "sparse", "dense": "dense MLA"}[stage]
         plot_curve(axes[0], moved, "recall", color=colour, label=f"{label}: true top-k found")
         plot_curve(axes[0], moved, "attention_covered", color=colour, ls="--", label=f"{label}: attention covered")
-        plot_curve(axes[1], moved, "index_loss", color=colour, label=label)
+        if stage != "dense":
+            plot_curve(axes[1], moved, "index_loss", color=colour, label=label)
         plot_curve(axes[2], moved, "accuracy", color=colour, label=label)
     axes[0].set(xlabel="step", ylabel="indexer", ylim=(0, 1.02))
     axes[1].set(xlabel="step", ylabel="KL of a layer, nats", yscale="log")
@@ -809,7 +791,7 @@ def plot_seeds(axes, runs: list[dict], field: str, label: str, **style):
 
 def finish(name: str, arguments, figure, results: dict) -> dict:
     """Writes the result file and the picture."""
-    head = {"machine": describe_machine(), "data": describe_data(arguments.data), "nsa_sizes": NSA_SIZES}
+    head = {"machine": describe_machine(), "data": describe_data(arguments.data), "kinds": KINDS}
     write_results(f"learning_{name}", head | results)
     figure.tight_layout()
     figure.savefig(RESULTS / f"learning_{name}.png", dpi=110)
@@ -829,7 +811,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-BENCHMARKS = {function.__name__: function for function in (passkey, needle, choices, text, upcycle, dsa)}
+BENCHMARKS = {function.__name__: function for function in (passkey, choices, text, upcycle, dsa)}
 
 
 def main(argv: list[str] | None = None) -> int:
