@@ -806,7 +806,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind (%(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="steps of each training on text (%(default)s)")
     parser.add_argument("--continued-steps", type=int, default=150, help="of `upcycle`, after those (%(default)s)")
-    parser.add_argument("--indexer-steps", type=int, default=100, help="of each stage of `dsa` (%(default)s)")
+    parser.add_argument("--indexer-steps", type=int, default=80, help="of each stage of `dsa` (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (%(default)s)")
     return parser
 
