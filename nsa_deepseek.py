@@ -290,7 +290,7 @@ class BlockCompressor(nn.Module):
         phi(x_1 .. x_l) = mean(x) + W_2 silu(W_1 [x_1 + e_1; ...; x_l + e_l])
 
     The paper says "MLP with intra-block position encoding" and no more. Here one MLP serves all heads, and it is added
-    to the mean, so that a fresh model begins near mean pooling and a converted one can begin exactly there (W_2 = 0).
+    to the mean, so that a converted model can begin at mean pooling (W_2 = 0); a fresh one learns better from a random W_2.
     """
 
     def __init__(self, head_dim: int, sizes: NSASizes):
