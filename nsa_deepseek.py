@@ -783,6 +783,7 @@ class DeepseekNSA(nn.Module):
         cos, sin = angles[:, 0, :: self.sizes.stride][:, :num_entries].chunk(2, dim=-1)  # of the blocks' first tokens
         return apply_rotary(self.compress_key(key), cos, sin, layout="half"), self.compress_value(value)
 
+    @torch.compiler.disable  # sizes of documents and tiles come from the data: a graph for each would take minutes
     def _attend_new(self, query, gates, selected, windowed, raw, spans) -> torch.Tensor:
         """Attention of tokens among themselves -> [B, H, S, D]"""
         if spans is None:
@@ -794,6 +795,7 @@ class DeepseekNSA(nn.Module):
         ]
         return _join_documents(outputs, spans, like=query)
 
+    @torch.compiler.disable
     def _attend_cached(self, query, gates, selected, windowed, raw, spans, past_key_values) -> torch.Tensor:
         """Attention of new tokens to the cache and themselves, after they are put into it -> [B, H, S, D]"""
         sizes, length = self.sizes, query.shape[2]
