@@ -2,14 +2,9 @@
 
 import io
 import json
-import os
-import signal
-import sys
-import time
 
 import pytest
 import torch
-from checks import ROOT
 from rich.console import Console
 from tiny import FAMILIES, make_model
 from tiny_chat import VOCAB_SIZE, add_tokenizer
@@ -386,56 +381,3 @@ def test_damaged_adapters_are_errors(adapter, damage, named, capsys):
     model = ["--model", str(base)] if named else []
     assert program.main(["--adapter", str(folder), "--trust-remote-code", *model]) == 1
     assert str(folder) in capsys.readouterr().err.replace("\n", "")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_a_real_terminal():
-    """Long lines arrive whole, the arrow brings the last one back, Ctrl-C stops an answer and not the chat."""
-    import pty
-    import re
-    import select
-
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "chat.py", "--temperature", "0", "--max-new-tokens", "2000"])
-
-    def read_until(text: str, seconds: float = 60) -> str:
-        output, end = b"", time.monotonic() + seconds
-        while text.encode() not in output:
-            assert time.monotonic() < end, output[-500:]
-            if select.select([terminal], [], [], 0.5)[0]:
-                output += os.read(terminal, 65536)
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s+", " ", output.decode(errors="replace"))
-
-    def say(text: str):
-        os.write(terminal, text.encode())
-
-    try:
-        read_until("commands")
-        say("/tokens 2\n")
-        read_until("at most")
-        time.sleep(2)  # until the prompt stands: what is typed before it the terminal cuts at 4,096 bytes
-        say("word " * 2000 + "\n")
-        assert int(re.search(r"of (\d+) *prompt", read_until("bytes"))[1]) > 2000
-        say("/drop\n")
-        read_until("1 turn forgotten")
-        say("\x1b[A\x1b[A\x1b[A\x1b[B\x1b[B\n")  # back to /tokens, and forward to /drop
-        read_until("0 turns forgotten")
-        say("/tokens 2000\n")
-        read_until("at most")
-        say("Once upon a time\n")
-        read_until("time")
-        time.sleep(1)
-        say("\x03")
-        read_until("context")
-        say("/stats\n")
-        read_until("bytes")
-        say("\x04")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        pid = None
-    finally:
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
