@@ -365,6 +365,18 @@ def _last_tokens(group: tuple[torch.Tensor, ...], kept: int) -> tuple[torch.Tens
     return tuple(states[:, :, -kept:].clone() for states in group)
 
 
+def check_offloading(what: str):
+    """
+    Raises:
+        ValueError: there is no device for `what` to move layers from and to.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{what} moves layers between a GPU's memory and the CPU's, but there is no CUDA device. Leave it out; "
+            "`past_key_values=model.int8_cache()` saves memory on a CPU."
+        )
+
+
 def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLayer] = GrowingLayer) -> None:
     """Lets the still empty `DynamicLayer`s of a cache grow in place, and makes its static ones of the kind that latents
     or an indexer want; other layers (quantised) stay.
@@ -378,11 +390,7 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLaye
         return
     if getattr(cache, "offloading", False):
         # It moves whole layers between devices at each step, so that nothing is gained by growing in place.
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "An offloaded cache (`cache_implementation='offloaded'`) moves layers between a CUDA device and main "
-                "memory, and there is no CUDA device here. Leave it out, or use `model.int8_cache()`."
-            )
+        check_offloading("An offloaded cache")
         if isinstance(make_layer(), (NSACacheLayer, IndexedLayer)):
             raise ValueError(
                 "Sparse attention keeps more than keys and values, which transformers' offloaded cache does not move. "

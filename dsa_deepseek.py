@@ -227,7 +227,7 @@ class SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        gradient = gradient.contiguous().clone()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
 
@@ -278,9 +278,8 @@ def selected_latent_attention(
     """
     batch, heads, length, _ = q_nope.shape
     if mesh is not None and torch.is_grad_enabled():
-        latent = SumGradient.apply(
-            latent, mesh.get_group()
-        )  # that of k_rope is summed where kv_a_proj_with_mqa made it
+        # The gradient of k_rope is summed where kv_a_proj_with_mqa made it.
+        latent = SumGradient.apply(latent, mesh.get_group())
     if attend_all:
         query_bytes = 4 * batch * visible.total * (heads + indexer.num_heads)
     else:

@@ -39,7 +39,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.utils import logging
 
-from .cache_deepseek import Int8Layer, move_tokens, take_back
+from .cache_deepseek import Int8Layer, check_offloading, move_tokens, take_back
 from .prefix_deepseek import Prefix, describe_model, read_prefix
 
 _CHUNK = 1024  # tokens of a chunk of `prefill`
@@ -572,11 +572,8 @@ class DeepseekGenerationMixin(GenerationMixin):
                 f"`cache_implementation` is {name!r}, which holds keys and values; sparse attention (`model_type` "
                 f"{self.config.checkpoint_model_type!r}) keeps more. Leave it out, or say 'dynamic'{others}."
             )
-        if "offloaded" in name and not torch.cuda.is_available():
-            raise ValueError(
-                f"`cache_implementation` is {name!r}, which moves layers between a GPU's memory and the CPU's, but there "
-                "is no CUDA device. Leave it out; `past_key_values=model.int8_cache()` saves memory on a CPU."
-            )
+        if "offloaded" in name:
+            check_offloading(f"`cache_implementation` is {name!r}, which")
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: GenerationConfig) -> bool:
         """As in transformers, and not with an indexer: which tokens it may choose depends on their number."""

@@ -648,8 +648,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As in transformers; besides, checks the files first, does without multi-token-prediction weights that a
-        checkpoint lacks, dequantises block-scaled FP8 (but keeps it on GPUs that have such arithmetic), picks float32 on CPUs that have no bfloat16 arithmetic, and reads
-        pickled weights only if `use_safetensors` is False.
+        checkpoint lacks, dequantises block-scaled FP8 (but keeps it on GPUs that have such arithmetic), picks float32 on
+        CPUs that have no bfloat16 arithmetic, and reads pickled weights only if `use_safetensors` is False.
 
         Raises:
             ValueError: a shard is missing, truncated or no safetensors file; the message names the file.

@@ -482,31 +482,32 @@ def compress_by_mlp(model):
             compressor.forward = partial(forward, compressor=compressor)
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation; states [..., T, D], cos and sin broadcastable to [..., T, D/2]"""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def nsa_module(model):
+    """The model's own copy of nsa_deepseek.py."""
+    return sys.modules[type(attentions(model)[0]).__module__]
 
 
 def rotate_before_compressing(model):
     """Compressed keys are made of rotated keys and not rotated again."""
+    apply_rotary = nsa_module(model).apply_rotary
     for attention in attentions(model):
 
         def compress(key, value, angles, attention=attention):
-            return attention.compress_key(rotate(key, *angles.chunk(2, dim=-1))), attention.compress_value(value)
+            key = apply_rotary(key, *angles[:, 0].chunk(2, dim=-1), layout="half")
+            return attention.compress_key(key), attention.compress_value(value)
 
         attention._compress = compress
 
 
 def no_rotation_in_compressed(model):
     """Compressed keys are not rotated, and meet queries whose rotation is undone."""
-    module, rotary = sys.modules[type(attentions(model)[0]).__module__], model.model.rotary_emb
+    module, rotary = nsa_module(model), model.model.rotary_emb
     attend, *others = module._PYTORCH
 
     def unrotated(query, key, value, scaling, first_position, sizes):
         positions = torch.arange(first_position, first_position + query.shape[1])[None]
-        cos, sin = (angle[0] for angle in rotary(query, positions))  # [S, D/2]
-        back = rotate(query.transpose(1, 2), cos, -sin).transpose(1, 2)
+        cos, sin = rotary(query, positions)  # [1, S, D/2]
+        back = module.apply_rotary(query.transpose(1, 2), cos, -sin, layout="half").transpose(1, 2)
         return attend(back, key, value, scaling, first_position, sizes)
 
     module._PYTORCH = unrotated, *others

@@ -527,11 +527,17 @@ def _judge_config(found: dict) -> tuple[str, str]:
     return PASSED, found["class"].rpartition(".")[2]
 
 
+def _differences(found: dict, foreign: str, wants: str) -> list[str]:
+    """What is wrong with tensors: `foreign` is said of one too many, `wants` sets the shapes."""
+    return [
+        *(f"{name} is missing" for name in found["missing"]),
+        *(f"{name} {foreign}" for name in found["unexpected"]),
+        *(f"{name} is {shape}, {wants} asks for {expected}" for name, shape, expected in found["shapes"]),
+    ]
+
+
 def _judge_weights(found: dict) -> tuple[str, str]:
-    problems = [f"{name} is missing" for name in found["missing"]]
-    problems += [f"{name} is not of the model" for name in found["unexpected"]]
-    problems += [f"{name} is {shape}, the config asks for {expected}" for name, shape, expected in found["shapes"]]
-    if problems:
+    if problems := _differences(found, foreign="is not of the model", wants="the config"):
         return FAILED, f"{_some(problems)}; use the config.json that belongs to the weights"
     return PASSED, f"{found['tensors']} tensors have the names and shapes that config.json asks for"
 
@@ -571,10 +577,7 @@ def _judge_generate(found: dict) -> tuple[str, str]:
 
 
 def _judge_adapter(found: dict) -> tuple[str, str]:
-    problems = [f"{name} is missing" for name in found["missing"]]
-    problems += [f"{name} has no place in the base model" for name in found["unexpected"]]
-    problems += [f"{name} is {shape}, the base model asks for {expected}" for name, shape, expected in found["shapes"]]
-    if problems:
+    if problems := _differences(found, foreign="has no place in the base model", wants="the base model"):
         return FAILED, f"{_some(problems)}; is --base-folder the model that it was trained on?"
     return PASSED, f"{found['tensors']} tensors on the base model, {found['new_tokens']} tokens generated"
 
