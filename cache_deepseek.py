@@ -230,10 +230,11 @@ class NSACacheLayer(GrowingLayer):
         keys, values        of the selected branch, all tokens
         compressed          keys and values of the compressed entries, all that are complete, [B, K, entries, D] each;
                             row b's entries are counted from its own first token, so rows may have fewer than there is
-                            room for. The keys are rotated.
-        raw                 what the next entries are made of, the last tokens only: keys without rotation, values, and
-                            the angles to rotate by, [B, K, t, D] twice and [B, 1, t, D]
+                            room for.
+        raw                 keys and values that the next entries are made of, the last tokens only, [B, K, t, D] each
         windowed            keys and values of the window branch, the last tokens only, [B, K, t, D] each
+
+    Keys of the selected and the window branch are rotated, those of the compressed branch are not.
 
     "The last tokens" are those that a next query needs and `_UNDO_TOKENS` more, so that tokens can be taken back
     (`crop`), as speculative decoding does; after `activate_past_recording` all tokens are kept until the next `crop`.
@@ -257,16 +258,16 @@ class NSACacheLayer(GrowingLayer):
         value_states: torch.Tensor,
         *args,
         windowed: tuple[torch.Tensor, torch.Tensor],
-        raw: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        raw: tuple[torch.Tensor, torch.Tensor],
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends the states of S tokens, [B, K, S, D] each; returns the selected branch's keys and values, [B, K, T, D]."""
         if self.compressed:
-            names = ("raw.keys", "raw.values", "raw.angles", "windowed.keys", "windowed.values")
+            names = ("raw.keys", "raw.values", "windowed.keys", "windowed.values")
             states = self._append_all(names, self.raw + self.windowed, raw + windowed)
-            self.raw, self.windowed = states[:3], states[3:]
+            self.raw, self.windowed = states[:2], states[2:]
         else:  # a first prompt, however long, need not be copied: `trim` follows
-            self.compressed = tuple(states[:, :, :0] for states in raw[:2])
+            self.compressed = tuple(states[:, :, :0] for states in raw)
             self.raw, self.windowed = raw, windowed
         return super().update(key_states, value_states)
 
@@ -349,8 +350,8 @@ class NSACacheLayer(GrowingLayer):
     def put_tensors(self, tensors: dict[str, torch.Tensor]):
         """Fills an empty layer with what `tensors` of another gave."""
         super().put_tensors({name: tensors[name] for name in self.token_states})
-        for name, size in (("compressed", 2), ("raw", 3), ("windowed", 2)):
-            setattr(self, name, tuple(tensors[f"{name}.{i}"] for i in range(size)))
+        for name in ("compressed", "raw", "windowed"):
+            setattr(self, name, tuple(tensors[f"{name}.{i}"] for i in range(2)))
 
     def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]):
         self.compressed, self.raw, self.windowed = (

@@ -483,20 +483,26 @@ _TRITON = triton_compressed_attention, triton_selected_attention, triton_window_
 
 
 class NSAStates(NamedTuple):
-    """What queries attend to. Keys are rotated, those of `compressed` by the position of their block's first token."""
+    """What queries attend to, keys and values."""
 
-    compressed: tuple[torch.Tensor, torch.Tensor]  # keys and values [B, K, entries, D]
-    selected: tuple[torch.Tensor, torch.Tensor]  # [B, K, T, D]
-    windowed: tuple[torch.Tensor, torch.Tensor]  # the last ones, [B, K, at least min(T, S + window - 1), D]
+    compressed: tuple[torch.Tensor, torch.Tensor]  # [B, K, entries, D], keys without rotation
+    selected: tuple[torch.Tensor, torch.Tensor]  # [B, K, T, D], keys rotated by their positions
+    windowed: tuple[torch.Tensor, torch.Tensor]  # so too, the last ones, [B, K, at least min(T, S + window - 1), D]
 
 
 def attend_sequence(
-    query: torch.Tensor, states: NSAStates, gates: torch.Tensor, scaling: float, sizes: NSASizes
+    query: torch.Tensor,
+    rotated_query: torch.Tensor,
+    states: NSAStates,
+    gates: torch.Tensor,
+    scaling: float,
+    sizes: NSASizes,
 ) -> torch.Tensor:
     """NSA for sequences of one length, eq. 5: the sum over the branches of gate * attention.
 
     Args:
-        query: [B, H, S, D], the last S of T tokens.
+        query: [B, H, S, D], the last S of T tokens, for the compressed branch.
+        rotated_query: the same rotated by their positions, for the other two.
         states: all with T tokens from position 0 on.
         gates: [B, H, S, 3], in the order of `NSAStates`.
 
@@ -515,18 +521,18 @@ def attend_sequence(
     outputs = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        queries, gate = (
+        plain, rotated, gate = (
             x[:, :, start:stop].unflatten(1, (num_key_value_heads, group)).transpose(2, 3).flatten(0, 1)
-            for x in (query, gates)
-        )  # [N, C, G, D], [N, C, G, 3]
+            for x in (query, rotated_query, gates)
+        )  # [N, C, G, D] twice, [N, C, G, 3]
         first, entries = past + start, sizes.num_compressed(past + stop)
         from_compressed, blocks = attend_compressed(
-            queries, *(x[:, :entries] for x in compressed), scaling, first, sizes
+            plain, *(x[:, :entries] for x in compressed), scaling, first, sizes
         )
         from_selected = attend_selected(
-            queries, *(x[:, : past + stop] for x in selected), blocks, scaling, first, sizes.select_block
+            rotated, *(x[:, : past + stop] for x in selected), blocks, scaling, first, sizes.select_block
         )
-        from_window = attend_window(queries, *(x[:, : past_in_window + stop] for x in windowed), scaling, sizes.window)
+        from_window = attend_window(rotated, *(x[:, : past_in_window + stop] for x in windowed), scaling, sizes.window)
         output = sum(
             branch * weight
             for branch, weight in zip(
@@ -539,6 +545,7 @@ def attend_sequence(
 
 def attend_gathered(
     query: torch.Tensor,
+    rotated_query: torch.Tensor,
     states: NSAStates,
     starts: torch.Tensor | None,
     gates: torch.Tensor,
@@ -548,7 +555,7 @@ def attend_gathered(
     """As `attend_sequence`, for few queries and rows that begin at different slots: each query gathers its own keys.
 
     Args:
-        query: [B, H, S, D], the last S of the T slots.
+        query, rotated_query: [B, H, S, D], the last S of the T slots.
         states: `selected` of T slots; `compressed` as each row's own blocks count, with room behind them.
         starts: int64 [B], the slot of each row's first token; None if all begin at slot 0. Queries before the first
             token get some finite output.
@@ -558,20 +565,22 @@ def attend_gathered(
         [B, H, S, D].
     """
     if kernels_run_on(query):
-        return triton_attend_gathered(query, states, starts, gates, scaling, sizes)
+        return triton_attend_gathered(query, rotated_query, states, starts, gates, scaling, sizes)
     batch, _, length, _ = query.shape
     num_key_value_heads, num_slots = states.selected[0].shape[1:3]
-    queries = query.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)  # [N, S, G, D]
+    plain, rows = (
+        x.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).float() * scaling
+        for x in (query, rotated_query)
+    )  # [N, S, G, D] each
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
-    rows = queries.float() * scaling
-    streams = torch.arange(len(queries), device=query.device)
+    streams = torch.arange(len(rows), device=query.device)
     slots = torch.arange(num_slots - length, num_slots, device=query.device)  # [S], of the queries
     start = streams.new_zeros(1) if starts is None else starts.repeat_interleave(num_key_value_heads)  # [1 or N]
     positions = (slots - start[:, None]).clamp(min=0)  # [1 or N, S]
 
     key, value = (states[:, : sizes.num_compressed(num_slots)] for states in compressed)
     if key.shape[1]:
-        scores = (rows.flatten(1, 2) @ key.float().transpose(1, 2)).unflatten(1, rows.shape[1:3])  # [N, S, G, n]
+        scores = (plain.flatten(1, 2) @ key.float().transpose(1, 2)).unflatten(1, plain.shape[1:3])  # [N, S, G, n]
         seen_by_all = sizes.num_compressed(num_slots - length + 1) if starts is None else 0
         if seen_by_all < key.shape[1]:
             _hide_entries(scores, positions, seen_by_all, sizes)
@@ -712,8 +721,7 @@ class DeepseekNSA(nn.Module):
     the compressed one still reads T / stride entries a query, 1 / 16 of dense attention with the paper's sizes.
 
     The paper leaves open, and here is chosen: phi (`BlockCompressor`, one for keys and one for values, for all heads);
-    compressed keys are made of keys without rotation and then rotated by the position of their block's first token;
-    gates are one linear map of the layer's input, for each head and branch, and begin at 1/2.
+    the compressed branch is without rotary positions, so that it compares contents at any distance alike; gates are one linear map of the layer's input, for each head and branch, and begin at 1/2.
 
     The choice of blocks has no gradient; it is learned because the compressed branch shares its scores.
     """
@@ -759,44 +767,47 @@ class DeepseekNSA(nn.Module):
             ValueError: the cache's layer is not an `NSACacheLayer`.
         """
 
-        def heads(states: torch.Tensor, rotate: bool = False) -> torch.Tensor:
-            states = states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, S, D]
-            return apply_rotary(states, *position_embeddings, layout="half") if rotate else states
+        def heads(projection: nn.Linear) -> torch.Tensor:
+            return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, S, D]
 
-        query = heads(self.q_proj(hidden_states), rotate=True)  # [B, H, S, D]
+        def rotate(states: torch.Tensor) -> torch.Tensor:
+            return apply_rotary(states, *position_embeddings, layout="half")
+
+        query = heads(self.q_proj)  # [B, H, S, D]
         gates = self.branch_gate(hidden_states).sigmoid().unflatten(-1, (-1, 3)).transpose(1, 2)  # [B, H, S, 3]
-        selected = heads(self.select_k_proj(hidden_states), rotate=True), heads(self.select_v_proj(hidden_states))
-        windowed = heads(self.window_k_proj(hidden_states), rotate=True), heads(self.window_v_proj(hidden_states))
-        angles = torch.cat(position_embeddings, dim=-1)[:, None].expand(len(query), -1, -1, -1)  # [B, 1, S, D]
-        raw = heads(self.compress_k_proj(hidden_states)), heads(self.compress_v_proj(hidden_states)), angles
+        raw = heads(self.compress_k_proj), heads(self.compress_v_proj)
+        selected = rotate(heads(self.select_k_proj)), heads(self.select_v_proj)
+        windowed = rotate(heads(self.window_k_proj)), heads(self.window_v_proj)
+        tokens = query, rotate(query), gates, raw, selected, windowed
         if past_key_values is None:
-            output = self._attend_new(query, gates, selected, windowed, raw, attention_mask)
+            output = self._attend_new(*tokens, attention_mask)
         else:
-            output = self._attend_cached(query, gates, selected, windowed, raw, attention_mask, past_key_values)
+            output = self._attend_cached(*tokens, attention_mask, past_key_values)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None, None
 
-    def _compress(self, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor):
-        """Raw keys and values [B, K, T, D], angles [B, 1, T, D] -> compressed ones, [B, K, num_compressed(T), D] each"""
-        num_entries = self.sizes.num_compressed(key.shape[2])
-        if not num_entries:
+    def _compress(self, key: torch.Tensor, value: torch.Tensor):
+        """Keys and values of tokens, [B, K, T, D] each -> compressed ones, [B, K, num_compressed(T), D] each"""
+        if not self.sizes.num_compressed(key.shape[2]):
             return key[:, :, :0], value[:, :, :0]
-        cos, sin = angles[:, 0, :: self.sizes.stride][:, :num_entries].chunk(2, dim=-1)  # of the blocks' first tokens
-        return apply_rotary(self.compress_key(key), cos, sin, layout="half"), self.compress_value(value)
+        return self.compress_key(key), self.compress_value(value)
 
     @torch.compiler.disable  # sizes of documents and tiles come from the data: a graph for each would take minutes
-    def _attend_new(self, query, gates, selected, windowed, raw, spans) -> torch.Tensor:
+    def _attend_new(self, query, rotated_query, gates, raw, selected, windowed, spans) -> torch.Tensor:
         """Attention of tokens among themselves -> [B, H, S, D]"""
         if spans is None:
             states = NSAStates(self._compress(*raw), selected, windowed)
-            return attend_sequence(query, states, gates, self.scaling, self.sizes)
-        documents = zip(*(_split_documents(x, spans) for x in (query, gates, *selected, *windowed, *raw)), strict=True)
+            return attend_sequence(query, rotated_query, states, gates, self.scaling, self.sizes)
+        tokens = query, rotated_query, gates, *raw, *selected, *windowed
         outputs = [
-            self._attend_new(query, gates, rest[:2], rest[2:4], rest[4:], None) for query, gates, *rest in documents
+            self._attend_new(*document[:3], document[3:5], document[5:7], document[7:], None)
+            for document in zip(*(_split_documents(states, spans) for states in tokens), strict=True)
         ]
         return _join_documents(outputs, spans, like=query)
 
     @torch.compiler.disable
-    def _attend_cached(self, query, gates, selected, windowed, raw, spans, past_key_values) -> torch.Tensor:
+    def _attend_cached(
+        self, query, rotated_query, gates, raw, selected, windowed, spans, past_key_values
+    ) -> torch.Tensor:
         """Attention of new tokens to the cache and themselves, after they are put into it -> [B, H, S, D]"""
         sizes, length = self.sizes, query.shape[2]
         past = past_key_values.get_seq_length(self.layer_idx)
@@ -826,7 +837,7 @@ class DeepseekNSA(nn.Module):
             if spans is not None:
                 starts = torch.full((len(query),), total, device=query.device)
                 starts[[span.row for span in spans]] = starts.new_tensor([span.start for span in spans])
-            output = attend_gathered(query, states, starts, gates, self.scaling, sizes)
+            output = attend_gathered(query, rotated_query, states, starts, gates, self.scaling, sizes)
         else:
             outputs, places = [], []
             for rows, start, stop in parts:
@@ -837,7 +848,8 @@ class DeepseekNSA(nn.Module):
                     tuple(x[rows, :, start:stop] for x in (layer.keys, layer.values)),
                     layer.recent(layer.windowed, rows, oldest, stop),
                 )
-                outputs.append(attend_sequence(query[rows, :, new], states, gates[rows, :, new], self.scaling, sizes))
+                plain, rotated, gate = (x[rows, :, new] for x in (query, rotated_query, gates))
+                outputs.append(attend_sequence(plain, rotated, states, gate, self.scaling, sizes))
                 places.append(Span(rows.start, new.start, new.stop))
             output = outputs[0] if spans is None else _join_documents(outputs, places, like=query)
         layer.trim()

@@ -651,12 +651,19 @@ def _attend_window(query, key, value, begin, scaling, window):
 
 @on_its_gpu
 def attend_gathered(
-    query: torch.Tensor, states, starts: torch.Tensor | None, gates: torch.Tensor, scaling: float, sizes
+    query: torch.Tensor,
+    rotated_query: torch.Tensor,
+    states,
+    starts: torch.Tensor | None,
+    gates: torch.Tensor,
+    scaling: float,
+    sizes,
 ) -> torch.Tensor:
     """NSA of a few new queries over a cache whose rows begin at different slots; nothing is gathered here.
 
     Args:
-        query: [B, H, S, D], the last S of the T slots.
+        query: [B, H, S, D], the last S of the T slots, for the compressed branch.
+        rotated_query: the same rotated by their positions, for the other two.
         states: an `NSAStates`; `selected` of T slots, `compressed` as each row's own blocks count, with room behind.
         starts: int64 [B], the slot of each row's first token; None if all begin at slot 0. Queries before the first
             token get some finite output.
@@ -667,19 +674,21 @@ def attend_gathered(
     """
     batch, _, length, _ = query.shape
     num_key_value_heads, num_slots = states.selected[0].shape[1:3]
-    queries = query.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)  # [N, S, G, D]
+    plain, rotated = (
+        x.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1) for x in (query, rotated_query)
+    )  # [N, S, G, D] each
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
-    begin = queries.new_zeros(len(queries), dtype=torch.int32)  # [N], each stream's first slot
+    begin = plain.new_zeros(len(plain), dtype=torch.int32)  # [N], each stream's first slot
     if starts is not None:
         begin += starts.repeat_interleave(num_key_value_heads).int()
     first = num_slots - length - begin  # the first query's position
 
     entries = [x[:, : sizes.num_compressed(num_slots)] for x in compressed]
     num_blocks = sizes.num_blocks(num_slots)
-    from_compressed, blocks = _attend_compressed(queries, *entries, first, scaling, num_blocks, sizes)
-    from_selected = _SelectedAttention.apply(queries, *selected, blocks, first, begin, scaling, sizes.select_block)
+    from_compressed, blocks = _attend_compressed(plain, *entries, first, scaling, num_blocks, sizes)
+    from_selected = _SelectedAttention.apply(rotated, *selected, blocks, first, begin, scaling, sizes.select_block)
     oldest = num_slots - windowed[0].shape[1]  # the slot of the first key that the window branch has
-    from_window = _attend_window(queries, *windowed, (begin - oldest).clamp(min=0), scaling, sizes.window)
+    from_window = _attend_window(rotated, *windowed, (begin - oldest).clamp(min=0), scaling, sizes.window)
 
     gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).unbind(-1)  # [N, S, G] each
     branches = zip((from_compressed, from_selected, from_window), gates, strict=True)

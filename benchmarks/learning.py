@@ -482,37 +482,39 @@ def compress_by_mlp(model):
             compressor.forward = partial(forward, compressor=compressor)
 
 
-def nsa_module(model):
-    """The model's own copy of nsa_deepseek.py."""
-    return sys.modules[type(attentions(model)[0]).__module__]
+def rotate_compressed_branch(model, keys_too: bool):
+    """Queries of the compressed branch are rotated; keys as well, by the position of their block's first token."""
+    module, rotary = sys.modules[type(attentions(model)[0]).__module__], model.model.rotary_emb
+    attend, *others = module._PYTORCH
+
+    def rotate(states: torch.Tensor, first: int, stride: int) -> torch.Tensor:
+        """[N, S, G, D], at the positions first, first + stride, ..."""
+        cos, sin = rotary(states, first + stride * torch.arange(states.shape[1])[None])  # [1, S, D/2]
+        return module.apply_rotary(states.transpose(1, 2), cos, sin, layout="half").transpose(1, 2)
+
+    def rotated(query, key, value, scaling, first_position, sizes):
+        query = rotate(query, first_position, 1)
+        if keys_too:
+            key = rotate(key[:, :, None], 0, sizes.stride)[:, :, 0]
+        return attend(query, key, value, scaling, first_position, sizes)
+
+    module._PYTORCH = rotated, *others
+    return rotate
 
 
 def rotate_before_compressing(model):
-    """Compressed keys are made of rotated keys and not rotated again."""
-    apply_rotary = nsa_module(model).apply_rotary
+    """Compressed keys are made of rotated keys."""
+    rotate = rotate_compressed_branch(model, keys_too=False)
     for attention in attentions(model):
-
-        def compress(key, value, angles, attention=attention):
-            key = apply_rotary(key, *angles[:, 0].chunk(2, dim=-1), layout="half")
-            return attention.compress_key(key), attention.compress_value(value)
-
-        attention._compress = compress
+        compress = attention._compress
+        attention._compress = lambda key, value, compress=compress: compress(
+            rotate(key.transpose(1, 2), 0, 1).transpose(1, 2), value
+        )
 
 
-def no_rotation_in_compressed(model):
-    """Compressed keys are not rotated, and meet queries whose rotation is undone."""
-    module, rotary = nsa_module(model), model.model.rotary_emb
-    attend, *others = module._PYTORCH
-
-    def unrotated(query, key, value, scaling, first_position, sizes):
-        positions = torch.arange(first_position, first_position + query.shape[1])[None]
-        cos, sin = rotary(query, positions)  # [1, S, D/2]
-        back = module.apply_rotary(query.transpose(1, 2), cos, -sin, layout="half").transpose(1, 2)
-        return attend(back, key, value, scaling, first_position, sizes)
-
-    module._PYTORCH = unrotated, *others
-    for attention in attentions(model):
-        attention._compress = lambda key, value, angles, a=attention: (a.compress_key(key), a.compress_value(value))
+def rotate_after_compressing(model):
+    """Compressed keys are rotated by the position of their block's first token."""
+    rotate_compressed_branch(model, keys_too=True)
 
 
 class SharedGate(nn.Module):
@@ -546,17 +548,17 @@ CHOICES = {
     "mean": compress_by_mean,
     "mlp": compress_by_mlp,
     "rotate_first": rotate_before_compressing,
-    "no_rotation": no_rotation_in_compressed,
+    "rotate_after": rotate_after_compressing,
     "shared_gates": share_gates,
     "shared_kv": share_keys_and_values,
 }
 CHOICE_LABELS = {
-    "as_is": "as it is: mean + MLP, rotated after, gates by head, own K and V",
+    "as_is": "as it is: mean + MLP, no rotation, gates by head, own K and V",
     "zero_start": "compressor: mean + MLP that begins at 0",
     "mean": "compressor: mean only",
     "mlp": "compressor: MLP only",
     "rotate_first": "keys rotated before compressing",
-    "no_rotation": "no rotation in the compressed branch",
+    "rotate_after": "keys rotated after compressing",
     "shared_gates": "gates shared by the heads",
     "shared_kv": "keys and values shared by the branches",
 }
@@ -576,7 +578,7 @@ def choices(arguments) -> dict:
         plot_seeds(axes[0], runs[name], "accuracy", **style)
         plot_seeds(axes[1], runs[name], "selected", **style)
     axes[0].set(xlabel="step", ylabel=f"passkey accuracy at {longest} tokens", ylim=(-0.02, 1.02))
-    axes[0].legend(fontsize=7)
+    axes[0].legend(loc="lower right", fontsize=7)
     axes[1].set(xlabel="step", ylabel="passkeys in selected blocks", ylim=(-0.02, 1.02))
     return finish("choices", arguments, figure, {"table": table, "stages": SHORT_STAGES, "runs": runs})
 

@@ -119,13 +119,13 @@ class Shape:
     def sequence(self) -> torch.Tensor:
         pair = self.key, self.value
         states = self.make_states(self.compress(), pair, pair)
-        return self.attend_sequence(self.query, states, self.gates, self.scaling, self.sizes)
+        return self.attend_sequence(self.query, self.query, states, self.gates, self.scaling, self.sizes)
 
     def gathered(self) -> torch.Tensor:
         pair = self.key, self.value
         window = tuple(states[:, :, -1024:] for states in pair)
         states = self.make_states(self.compressed, pair, window)
-        return self.attend_gathered(self.query, states, None, self.gates, self.scaling, self.sizes)
+        return self.attend_gathered(self.query, self.query, states, None, self.gates, self.scaling, self.sizes)
 
     def dense(self) -> torch.Tensor:
         """Many queries: causal, the keys of a group seen by its heads without a copy."""

@@ -2,7 +2,8 @@
 
 Reads the weights of a model of ours by their checkpoint names and shares no code with it.
 Equation numbers: DeepSeek-V2 (arXiv:2405.04434) for MLA, DeepSeekMoE (arXiv:2401.06066) and DeepSeek-V3
-(arXiv:2412.19437) for experts, routing, balance and multi-token prediction, YaRN (arXiv:2309.00071).
+(arXiv:2412.19437) for experts, routing, balance and multi-token prediction, YaRN (arXiv:2309.00071), NSA
+(arXiv:2502.11089) for native sparse attention.
 """
 
 import math
@@ -47,7 +48,7 @@ class SlowModel:
 
     def layer(self, i: int, states: torch.Tensor, positions) -> torch.Tensor:
         name = f"model.layers.{i}"
-        attend = self.mla if self.config.attention_kind == "mla" else self.gqa
+        attend = {"mla": self.mla, "gqa": self.gqa, "nsa": self.nsa}[self.config.attention_kind]
         states = states + attend(f"{name}.self_attn", self.norm(f"{name}.input_layernorm", states), positions)
         normed = self.norm(f"{name}.post_attention_layernorm", states)
         is_sparse = f"{name}.mlp.gate.weight" in self.weights
@@ -100,6 +101,69 @@ class SlowModel:
             key = [torch.cat((k[:nope], r)) for k, r in zip(own_kv, key_rope, strict=True)]
             outputs.append(attend_causally(query, key, own_kv[:, nope:], self.mla_scale()))
         return self.linear(f"{name}.o_proj", torch.cat(outputs, dim=-1))
+
+    def nsa(self, name: str, states: torch.Tensor, positions) -> torch.Tensor:
+        """NSA eq. 5-12; blocks, entries and tokens are counted from 0, and a block's score is the probability of each
+        entry times the tokens that the two share. Rotation in the selected and the window branch only."""
+        c, length = self.config, len(states)
+        assert list(positions) == list(range(length))
+        heads, width, block, stride = (
+            c.num_attention_heads,
+            c.head_dim,
+            c.nsa_compress_block_size,
+            c.nsa_compress_stride,
+        )
+        select, sharing, scale = c.nsa_select_block_size, heads // c.num_key_value_heads, width**-0.5
+        gates = torch.sigmoid(self.linear(f"{name}.branch_gate", states)).view(length, heads, 3)
+        outputs = torch.zeros(length, heads, width, dtype=torch.float64)
+
+        def head(projection: str, h: int, rotated: bool) -> torch.Tensor:
+            vectors = self.linear(f"{name}.{projection}", states)[:, h * width : (h + 1) * width]  # [S, D]
+            return torch.stack([self.rotate_halves(v, t) for t, v in enumerate(vectors)]) if rotated else vectors
+
+        def entry(compressor: str, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.linear(
+                f"{name}.{compressor}.up_proj", (tokens + self.weights[f"{name}.{compressor}.position"]).flatten()
+            )
+            return tokens.mean(dim=0) + self.linear(f"{name}.{compressor}.down_proj", x * torch.sigmoid(x))
+
+        starts = range(0, length - block + 1, stride)
+        for k in range(c.num_key_value_heads):
+            group = range(k * sharing, (k + 1) * sharing)
+            raw_key, raw_value = head("compress_k_proj", k, False), head("compress_v_proj", k, False)
+            entry_keys = [entry("compress_key", raw_key[i : i + block]) for i in starts]
+            entry_values = [entry("compress_value", raw_value[i : i + block]) for i in starts]
+            branches = [
+                (head(f"{branch}_k_proj", k, True), head(f"{branch}_v_proj", k, False))
+                for branch in ("select", "window")
+            ]
+            plain = {h: head("q_proj", h, False) for h in group}
+            rotated = {h: head("q_proj", h, True) for h in group}
+            for t in range(length):
+                ended = [i for i, start in enumerate(starts) if start + block <= t + 1]
+                score = [0.0] * (t // select + 1)
+                for h in group if ended else ():
+                    logits = torch.stack([plain[h][t] @ entry_keys[i] * scale for i in ended])
+                    probs = logits.softmax(dim=0)
+                    outputs[t, h] += gates[t, h, 0] * sum(
+                        p * entry_values[i] for p, i in zip(probs, ended, strict=True)
+                    )
+                    for p, i in zip(probs.tolist(), ended, strict=True):
+                        for token in range(starts[i], starts[i] + block):
+                            score[token // select] += p
+                fixed = {j for j in range(len(score)) if j < c.nsa_num_init_blocks}
+                fixed |= {j for j in range(len(score)) if j > t // select - c.nsa_num_local_blocks}
+                ranked = sorted(range(len(score)), key=lambda j: (j in fixed, score[j]), reverse=True)
+                chosen = ranked[: c.nsa_num_select_blocks]
+                read = (
+                    [s for s in range(t + 1) if s // select in chosen],
+                    [s for s in range(t + 1) if s > t - c.nsa_window_size],
+                )
+                for branch, ((keys, values), tokens) in enumerate(zip(branches, read, strict=True)):
+                    for h in group:
+                        probs = (keys[tokens] @ rotated[h][t] * scale).softmax(dim=0)
+                        outputs[t, h] += gates[t, h, branch + 1] * (probs @ values[tokens])
+        return self.linear(f"{name}.o_proj", outputs.flatten(1))
 
     def mla_scale(self) -> float:
         scale = (self.config.qk_nope_head_dim + self.config.qk_rope_head_dim) ** -0.5

@@ -69,7 +69,7 @@ def test_nsa_kernels_compile(compiled, dtype, group, width, value_width):
     with torch.no_grad():  # one query: other arguments are 1
         query = torch.zeros(1, heads * group, 1, width, dtype=dtype)
         states = NSAStates(*(tuple(x[None, :heads] for x in pair) for pair in pairs))
-        kernels.attend_gathered(query, states, None, torch.zeros(1, heads * group, 1, 3), 0.1, sizes)
+        kernels.attend_gathered(query, query, states, None, torch.zeros(1, heads * group, 1, 3), 0.1, sizes)
 
 
 @pytest.mark.parametrize("queries", [1, 20])

@@ -140,10 +140,10 @@ def test_gathered(device, length, starts):
         (cached(slots, 8), cached(slots, 6)),
         (cached(length + 13, 8), cached(length + 13, 6)),
     )
-    query = 2 * torch.randn(4, heads * 3, length, 8, device=device)
+    query, rotated = 2 * torch.randn(2, 4, heads * 3, length, 8, device=device)
     gates = torch.rand(4, heads * 3, length, 3, device=device)
     begin = None if starts is None else torch.tensor(starts, device=device)
-    arguments = query, states, begin, gates, SCALING, sizes
+    arguments = query, rotated, states, begin, gates, SCALING, sizes
     output, expected = kernels.attend_gathered(*arguments), nsa.attend_gathered(*arguments)
     for row, start in enumerate(starts or [0] * 4):
         real = slice(max(0, start - (slots - length)), None)  # queries that are tokens
