@@ -17,6 +17,7 @@ chats are encoded by tokenization/safe_chat.py, and requests are checked before 
 
 import argparse
 import asyncio
+import inspect
 import json
 import sys
 import uuid
@@ -37,6 +38,8 @@ from tokenization.safe_chat import encode_chat
 
 MAX_BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 60  # for a client to send it
+# Newer releases of transformers than 5.20 can check calls of tools against their descriptions.
+_PARSER_TAKES_TOOLS = "tools" in inspect.signature(ChatCompletionHandler._streaming).parameters
 # How a DeepSeek answer falls into thinking, tool calls and the rest, in the form that transformers' parser takes.
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
@@ -200,10 +203,11 @@ class ChatHandler(_Limits, ChatCompletionHandler):
         settings = self._build_generation_config(body, model.generation_config, use_cb=use_cb)
         if use_cb:
             manager.init_cb(model, settings)
-        arguments = (request_id, model, tokenizer, model_id, inputs, settings)
+        arguments = (request_id, model, tokenizer, model_id, inputs, settings, manager)
+        tools = {"tools": body.get("tools")} if _PARSER_TAKES_TOOLS else {}
         if body.get("stream"):
-            return self._streaming(*arguments, gen_manager=manager, tools=body.get("tools"))
-        return await self._non_streaming(*arguments, gen_manager=manager, tools=body.get("tools"))
+            return self._streaming(*arguments, **tools)
+        return await self._non_streaming(*arguments, **tools)
 
 
 class PromptHandler(_Limits, CompletionHandler):

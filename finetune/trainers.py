@@ -158,6 +158,11 @@ class DeepseekSFTTrainer(DeepseekTrainerMixin, SFTTrainer):
     multi-token prediction and no indexer.
     """
 
+    def __init__(self, model, args, *more, **kwargs):
+        if has_own_losses(model) and args.loss_type == "chunked_nll":
+            args.loss_type = "nll"  # TRL before 1.16 puts its forward in the place of the model's
+        super().__init__(model, args, *more, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self.model.training and has_own_losses(self.model)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -291,7 +291,11 @@ def requirements(name, found):
     return found
 
 needed = requirements("torch", requirements("transformers", set()))
-owners = importlib.metadata.packages_distributions()
+owners = {{}}  # importlib.metadata.packages_distributions() misses some before Python 3.11
+for distribution in importlib.metadata.distributions():
+    for file in distribution.files or ():
+        if file.suffix in (".py", ".so"):
+            owners.setdefault(file.parts[0].split(".")[0], set()).add(distribution.metadata["Name"])
 blocked = {{top for top, names in owners.items() if not any(n.lower().replace("_", "-") in needed for n in names)}}
 assert "pytest" in blocked and "accelerate" in blocked and "numpy" not in blocked, sorted(blocked)
 

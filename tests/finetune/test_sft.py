@@ -223,7 +223,7 @@ def test_own_losses_are_added_with_their_weights(chat_checkpoint, tmp_path):
         assert trainers.has_own_losses(model) == bool(weights)
         batch = next(iter(trainer.get_train_dataloader()))
         losses[name] = trainer.compute_loss(model.train(), batch).item()
-        output = model(**batch)
+        output = type(model).forward(model, **batch)  # TRL before 1.16 can have replaced the model's own
         assert losses[name] == pytest.approx(output.loss.item(), rel=1e-5)
         extra = {"plain": 0.0, "mtp": output.mtp_loss, "balance": output.aux_loss}[name]
         assert losses[name] == pytest.approx(output.lm_loss.item() + 0.5 * float(extra), rel=1e-5)

@@ -48,6 +48,9 @@ def test_sparse_attention_is_refused(family, seeming_cuda):
 
 def test_without_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        torch, "Stream", FakeStream
+    )  # which PyTorch built for CUDA would not make; the cache is made first
     model, tokens = make_model("v3"), make_tokens(1, 8)
     with pytest.raises(ValueError, match="no CUDA device"):
         model.generate(tokens, cache_implementation="offloaded", **SETTINGS)
