@@ -137,6 +137,11 @@ def check_adapters(peft_model: PeftModel, targets: Sequence[str] = ("all",), inc
         )
 
 
+def whole_size(parameter: nn.Parameter) -> int:
+    """Numbers of a parameter, the same in all processes; of one that DeepSpeed's ZeRO-3 cut up, nothing is left here."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
     """Count adapters by group, from the adapters' own names, so whatever made them.
 
@@ -150,7 +155,7 @@ def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
             continue
         group = _group_of_adapter(owner)
         adapted.setdefault(group, set()).add(owner)
-        trainable[group] = trainable.get(group, 0) + parameter.numel()
+        trainable[group] = trainable.get(group, 0) + whole_size(parameter)
     return [
         AdaptedGroup(group, len(adapted[group]), trainable[group]) for group in (*GROUPS, "other") if group in adapted
     ]
@@ -160,7 +165,7 @@ def describe_adapters(peft_model: nn.Module) -> str:
     """A table of what is adapted, for people."""
     rows = adapted_groups(peft_model)
     total = sum(row.trainable for row in rows)
-    everything = sum(parameter.numel() for parameter in peft_model.parameters())
+    everything = sum(map(whole_size, peft_model.parameters()))
     lines = [f"{'group':<10} {'adapted':>8} {'trainable':>12}"]
     lines += [f"{row.group:<10} {row.adapted:>8} {row.trainable:>12,}" for row in rows]
     lines += [f"{'total':<10} {sum(row.adapted for row in rows):>8} {total:>12,}  ({total / everything:.1%} of all)"]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from finetune.config import CommonOptions
 from finetune.experts import ESFT_WEIGHTS, Routing, choose_experts, describe_choice, load_esft, train_only_experts
-from finetune.lora import load_adapter, lora_config
+from finetune.lora import load_adapter, lora_config, whole_size
 
 
 def load_model(
@@ -162,13 +162,13 @@ def _freeze_for_full(model: PreTrainedModel, train_router: bool, mtp: bool, inde
 
 def trainable_parameters(model: nn.Module) -> int:
     """Numbers that training changes."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(whole_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def describe_trainable(model: nn.Module) -> str:
     """One line: how much of the model is trained."""
     everything = sum(
-        parameter.numel()
+        whole_size(parameter)
         for name, parameter in model.named_parameters()
         if ".slices." not in name  # these share their memory with a stack that is counted
     )

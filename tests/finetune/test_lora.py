@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from finetune.callbacks import RouterBiasCallback, find_routed_model
 from finetune.lora import GROUPS, adapted_groups, add_lora, describe_adapters, load_adapter, lora_config
+from finetune.models import describe_trainable
 
 # Modules (for "routed" stacked parameters) of each group in the tiny models: 3 layers, of which in MoE models 2 are
 # sparse; GQA has 4 projections, MLA with query compression 5.
@@ -263,6 +264,15 @@ def test_other_heads_are_adapted_too(checkpoint):
 def test_table_names_every_group(load):
     table = describe_adapters(add_lora(load("v3"), rank=4))
     assert [line.split()[0] for line in table.splitlines()] == ["group", *GROUPS, "total"]
+
+
+def test_parameters_that_zero_3_cut_up_are_counted_whole(load):
+    """DeepSpeed leaves an empty tensor and the size that it had."""
+    model = add_lora(load("v3"), rank=4)
+    before = describe_adapters(model), describe_trainable(model)
+    for parameter in model.parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    assert (describe_adapters(model), describe_trainable(model)) == before
 
 
 @pytest.mark.parametrize(
