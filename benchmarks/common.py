@@ -17,13 +17,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def describe_machine() -> dict:
-    """Processor, cores, memory and versions, for the head of a result file."""
+    """Processor, cores, memory, versions and, if one is in use, the GPU, for the head of a result file."""
     model_name = platform.processor() or "unknown"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model_name = names[0] if names else model_name
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}
+    return gpu | {
         "processor": model_name,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -36,12 +37,16 @@ def describe_machine() -> dict:
 
 
 def interleave(functions: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns, so that a machine that drifts slows all alike."""
+    """Seconds of each call, the functions taking turns, so that a machine that drifts slows all alike. A call ends when
+    the GPU, if one is in use, is done with it."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     seconds = {name: [] for name in functions}
     for i in range(warmup + repeats):
         for name, function in functions.items():
+            wait()
             start = time.perf_counter()
             function()
+            wait()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
