@@ -720,8 +720,10 @@ class DeepseekNSA(nn.Module):
     branch the last tokens. Memory grows linearly with the sequence; so does the work of the last two branches, while
     the compressed one still reads T / stride entries a query, 1 / 16 of dense attention with the paper's sizes.
 
-    The paper leaves open, and here is chosen: phi (`BlockCompressor`, one for keys and one for values, for all heads);
-    the compressed branch is without rotary positions, so that it compares contents at any distance alike; gates are one linear map of the layer's input, for each head and branch, and begin at 1/2.
+    The paper leaves open, and here is chosen: phi (`BlockCompressor`, one for keys and one for values, for all heads); the
+    compressed branch is without rotary positions, so that it compares contents alike at any distance, while queries and
+    keys of the other two are rotated; gates are one linear map of the layer's input, for each head and branch, and begin
+    at 1/2.
 
     The choice of blocks has no gradient; it is learned because the compressed branch shares its scores.
     """

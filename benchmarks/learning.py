@@ -3,7 +3,7 @@
     python -m benchmarks.learning passkey --data runs/data    # finding passkeys far outside the window
     python -m benchmarks.learning choices --data runs/data    # what the NSA paper leaves open
     python -m benchmarks.learning text    --data runs/data    # NSA, full attention and a window alone on real text
-    python -m benchmarks.learning upcycle --data runs/data    # `text`'s full model turned into NSA, both trained on
+    python -m benchmarks.learning upcycle --data runs/data    # the full models turned into NSA; on text, trained on
     python -m benchmarks.learning dsa     --data runs/data    # MLA, an indexer added, both stages of its training
 
 DATA is a folder written by `python -m pretrain.data`; its languages get equal shares of the rows. Each finished
@@ -542,6 +542,15 @@ def share_keys_and_values(model):
                 setattr(attention, f"{branch}_{part}_proj", getattr(attention, f"compress_{part}_proj"))
 
 
+def start_with_equal_keys_and_values(model):
+    """The branches have projections of their own, which are the same at first."""
+    for attention in attentions(model):
+        for branch in ("select", "window"):
+            for part in ("k", "v"):
+                own = getattr(attention, f"{branch}_{part}_proj")
+                own.load_state_dict(getattr(attention, f"compress_{part}_proj").state_dict())
+
+
 CHOICES = {
     "as_is": None,
     "zero_start": start_at_mean,
@@ -551,6 +560,7 @@ CHOICES = {
     "rotate_after": rotate_after_compressing,
     "shared_gates": share_gates,
     "shared_kv": share_keys_and_values,
+    "equal_kv": start_with_equal_keys_and_values,
 }
 CHOICE_LABELS = {
     "as_is": "as it is: mean + MLP, no rotation, gates by head, own K and V",
@@ -561,7 +571,11 @@ CHOICE_LABELS = {
     "rotate_after": "keys rotated after compressing",
     "shared_gates": "gates shared by the heads",
     "shared_kv": "keys and values shared by the branches",
+    "equal_kv": "keys and values of the branches equal at first",
 }
+
+
+COARSE_CHOICES = ("as_is", "equal_kv", "shared_kv")  # those that are also compared with blocks longer than a passkey
 
 
 def choices(arguments) -> dict:
@@ -580,7 +594,14 @@ def choices(arguments) -> dict:
     axes[0].set(xlabel="step", ylabel=f"passkey accuracy at {longest} tokens", ylim=(-0.02, 1.02))
     axes[0].legend(loc="lower right", fontsize=7)
     axes[1].set(xlabel="step", ylabel="passkeys in selected blocks", ylim=(-0.02, 1.02))
-    return finish("choices", arguments, figure, {"table": table, "stages": SHORT_STAGES, "runs": runs})
+    coarse = {}
+    for name in COARSE_CHOICES:
+        options = {"name": "passkey" if CHOICES[name] is None else f"coarse_{name}", "change": CHOICES[name]}
+        by_seed = [passkey_run(arguments, "nsa", seed, **options) for seed in range(arguments.seeds)]
+        coarse[name] = {length: at_length(by_seed, length) for length in PASSKEY_LENGTHS}
+        runs[f"coarse_{name}"] = by_seed
+    results = {"table": table, "stages": SHORT_STAGES, "coarse": coarse, "coarse_stages": LONG_STAGES, "runs": runs}
+    return finish("choices", arguments, figure, results)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -599,6 +620,25 @@ def convert(tool, source: Path, output: Path, sizes: dict[str, int], prefix: str
     if tool.main([str(source), str(output), *flags]):
         raise RuntimeError(f"{tool.__name__} failed on {source}")
     return output
+
+
+def converted_passkeys(arguments) -> dict:
+    """Accuracy of `passkey`'s full models by length, one number a seed: as they are, with a window's mask, and turned
+    into NSA, all without further training."""
+    accuracy = {kind: {length: [] for length in PASSKEY_LENGTHS} for kind in ("full", "window", "nsa_fine", "nsa")}
+    for seed in range(arguments.seeds):
+        passkey_run(arguments, "full", seed)
+        source = arguments.work / f"passkey_full_{seed}"
+        for kind, by_length in accuracy.items():
+            folder = source
+            if kind.startswith("nsa"):
+                sizes = {name: KINDS[kind][name] for name in NSA_SIZES}
+                folder = convert(upcycle_nsa, source, arguments.work / "upcycled_passkeys", sizes, "nsa_")
+            model = load(folder)
+            for length, numbers in by_length.items():
+                batch = passkey_eval_batch(arguments.data, length, PASSKEY_ROWS)
+                numbers.append(measure_passkeys(model, kind, batch)[0]["accuracy"])
+    return accuracy
 
 
 def upcycle(arguments) -> dict:
@@ -633,6 +673,7 @@ def upcycle(arguments) -> dict:
         "converted": curves["nsa"][0]["held_out_loss"],
         "dense_continued": curves["full"][-1]["held_out_loss"],
         "converted_continued": curves["nsa"][-1]["held_out_loss"],
+        "passkeys_without_training": converted_passkeys(arguments),
         "runs": curves,
     }
     return finish("upcycle", arguments, figure, results)
