@@ -580,7 +580,7 @@ COARSE_CHOICES = ("as_is", "equal_kv", "shared_kv")  # those that are also compa
 
 def choices(arguments) -> dict:
     table, runs, longest = {}, {}, PASSKEY_LENGTHS[-1]
-    figure, axes = new_figure(1, 2, width=12)
+    figure, axes = new_figure(1, 2, width=15)
     for place, (name, change) in enumerate(CHOICES.items()):
         options = {"stages": SHORT_STAGES, "change": change, "name": f"choice_{name}"}
         runs[name] = [passkey_run(arguments, "nsa_fine", seed, **options) for seed in range(arguments.seeds)]
@@ -592,8 +592,8 @@ def choices(arguments) -> dict:
         plot_seeds(axes[0], runs[name], "accuracy", **style)
         plot_seeds(axes[1], runs[name], "selected", **style)
     axes[0].set(xlabel="step", ylabel=f"passkey accuracy at {longest} tokens", ylim=(-0.02, 1.02))
-    axes[0].legend(loc="lower right", fontsize=7)
     axes[1].set(xlabel="step", ylabel="passkeys in selected blocks", ylim=(-0.02, 1.02))
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
     coarse = {}
     for name in COARSE_CHOICES:
         options = {"name": "passkey" if CHOICES[name] is None else f"coarse_{name}", "change": CHOICES[name]}
