@@ -22,8 +22,10 @@ from .layers_deepseek import apply_rotary
 from .nsa_kernels_deepseek import (
     attend_gathered as triton_attend_gathered,
     compressed_attention as triton_compressed_attention,
+    join_streams,
     kernels_run_on,
     selected_attention as triton_selected_attention,
+    split_streams,
     window_attention as triton_window_attention,
 )
 
@@ -509,9 +511,8 @@ def attend_sequence(
     Returns:
         [B, H, S, D].
     """
-    batch, heads, length, _ = query.shape
+    batch, _, length, _ = query.shape
     num_key_value_heads = states.selected[0].shape[1]
-    group = heads // num_key_value_heads
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
     past, past_in_window = selected[0].shape[1] - length, windowed[0].shape[1] - length
     # On a CPU without a gradient nothing needs the branches as a whole, and small pieces use the same memory again.
@@ -522,8 +523,7 @@ def attend_sequence(
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         plain, rotated, gate = (
-            x[:, :, start:stop].unflatten(1, (num_key_value_heads, group)).transpose(2, 3).flatten(0, 1)
-            for x in (query, rotated_query, gates)
+            split_streams(x[:, :, start:stop], num_key_value_heads) for x in (query, rotated_query, gates)
         )  # [N, C, G, D] twice, [N, C, G, 3]
         first, entries = past + start, sizes.num_compressed(past + stop)
         from_compressed, blocks = attend_compressed(
@@ -539,7 +539,7 @@ def attend_sequence(
                 (from_compressed, from_selected, from_window), gate.split(1, dim=-1), strict=True
             )
         )
-        outputs.append(output.unflatten(0, (batch, num_key_value_heads)).transpose(2, 3).flatten(1, 2))  # [B, H, C, D]
+        outputs.append(join_streams(output, batch))  # [B, H, C, D]
     return torch.cat(outputs, dim=2)
 
 
@@ -568,12 +568,11 @@ def attend_gathered(
         return triton_attend_gathered(query, rotated_query, states, starts, gates, scaling, sizes)
     batch, _, length, _ = query.shape
     num_key_value_heads, num_slots = states.selected[0].shape[1:3]
-    plain, rows = (
-        x.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).float() * scaling
-        for x in (query, rotated_query)
+    plain, rotated = (
+        split_streams(x, num_key_value_heads).float() * scaling for x in (query, rotated_query)
     )  # [N, S, G, D] each
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
-    streams = torch.arange(len(rows), device=query.device)
+    streams = torch.arange(len(rotated), device=query.device)
     slots = torch.arange(num_slots - length, num_slots, device=query.device)  # [S], of the queries
     start = streams.new_zeros(1) if starts is None else starts.repeat_interleave(num_key_value_heads)  # [1 or N]
     positions = (slots - start[:, None]).clamp(min=0)  # [1 or N, S]
@@ -590,7 +589,7 @@ def attend_gathered(
         from_compressed = (probs.flatten(1, 2) @ value.float()).unflatten(1, probs.shape[1:3])  # [N, S, G, D]
         mass = probs.sum(dim=2)  # [N, S, n]
     else:
-        from_compressed, mass = 0.0, rows.new_zeros(len(rows), length, 0)
+        from_compressed, mass = 0.0, rotated.new_zeros(len(rotated), length, 0)
     blocks = choose_blocks(mass, positions, sizes.num_blocks(num_slots), sizes)  # [N, S, num_select]
 
     in_block = torch.arange(sizes.select_block, device=query.device)
@@ -598,7 +597,7 @@ def attend_gathered(
     seen = (tokens >= 0) & (tokens <= positions[..., None])
     chosen = (tokens if starts is None else tokens + start[:, None, None]).clamp(0, num_slots - 1)  # [N, S, t], slots
     key, value = (states[streams[:, None, None], chosen] for states in selected)  # [N, S, t, D]
-    from_selected = _attend(rows, key, value, seen)
+    from_selected = _attend(rotated, key, value, seen)
 
     recent = torch.arange(max(0, num_slots - length - sizes.window + 1), num_slots, device=query.device)  # [t], slots
     key, value = (states[:, None, -len(recent) :] for states in windowed)  # [N, 1, t, D]
@@ -607,12 +606,12 @@ def attend_gathered(
         age = slots[:, None] - recent  # [S, t]
         seen = (age >= 0) & (age < sizes.window) & (recent >= start[:, None, None])  # [1 or N, S, t]
         seen = seen | (age == 0)  # a query before the first token has itself, so that no row is empty
-    from_window = _attend(rows, key, value, seen)
+    from_window = _attend(rotated, key, value, seen)
 
-    gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).float()  # [N, S, G, 3]
+    gates = split_streams(gates, num_key_value_heads).float()  # [N, S, G, 3]
     branches = zip((from_compressed, from_selected, from_window), gates.split(1, dim=-1), strict=True)
     output = sum(branch * gate for branch, gate in branches).to(query.dtype)
-    return output.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, S, D]
+    return join_streams(output, batch)
 
 
 def _attend(query, key, value, seen) -> torch.Tensor:

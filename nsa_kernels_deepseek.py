@@ -56,6 +56,16 @@ def kernel(function):
     return triton.jit(function) if triton is not None else function
 
 
+def split_streams(states: torch.Tensor, num_key_value_heads: int) -> torch.Tensor:
+    """[B, H, S, D] -> [N, S, G, D], the query heads by the key/value head that they share"""
+    return states.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)
+
+
+def join_streams(states: torch.Tensor, batch: int) -> torch.Tensor:
+    """[N, S, G, D] -> [B, H, S, D], the inverse of `split_streams`"""
+    return states.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What kernels share, those of `dsa_kernels_deepseek.py` too. A head's width is padded to a power of two; what is beyond
 # it reads as zero.
@@ -674,9 +684,7 @@ def attend_gathered(
     """
     batch, _, length, _ = query.shape
     num_key_value_heads, num_slots = states.selected[0].shape[1:3]
-    plain, rotated = (
-        x.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1) for x in (query, rotated_query)
-    )  # [N, S, G, D] each
+    plain, rotated, gates = (split_streams(x, num_key_value_heads) for x in (query, rotated_query, gates))
     compressed, selected, windowed = ([x.flatten(0, 1) for x in pair] for pair in states)  # [N, ., D]
     begin = plain.new_zeros(len(plain), dtype=torch.int32)  # [N], each stream's first slot
     if starts is not None:
@@ -690,7 +698,5 @@ def attend_gathered(
     oldest = num_slots - windowed[0].shape[1]  # the slot of the first key that the window branch has
     from_window = _attend_window(rotated, *windowed, (begin - oldest).clamp(min=0), scaling, sizes.window)
 
-    gates = gates.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1).unbind(-1)  # [N, S, G] each
-    branches = zip((from_compressed, from_selected, from_window), gates, strict=True)
-    output = sum(branch * gate[..., None] for branch, gate in branches)
-    return output.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, S, D]
+    branches = zip((from_compressed, from_selected, from_window), gates.split(1, dim=-1), strict=True)
+    return join_streams(sum(branch * gate for branch, gate in branches), batch)

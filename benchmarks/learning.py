@@ -152,7 +152,7 @@ def train(
     curve = [{"step": 0} | measure()]
     for step in (bar := trange(steps, desc=title, mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / (warmup or 1)) * min(1.0, 2.0 - 1.8 * step / steps)
+            group["lr"] = learning_rate * min(1.0, (step + 1) / warmup) * min(1.0, 2.0 - 1.8 * step / steps)
         loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -226,20 +226,28 @@ def text_loss(model, kind: str, windows: torch.Tensor, bos_token_id: int) -> dic
     return {"held_out_loss": round(torch.stack(losses).mean().item(), 4)}
 
 
-def train_on_text(model, kind: str, data: Path, seed: int, steps: int, title: str, **options) -> list[dict]:
-    """-> curve of the held-out loss. `first_step` and `learning_rate` are options."""
+def train_on_text(
+    model,
+    kind: str,
+    data: Path,
+    seed: int,
+    steps: int,
+    title: str,
+    first_step: int = 0,
+    learning_rate: float = 3e-3,
+    every: int = 50,
+) -> list[dict]:
+    """-> curve of the held-out loss, measured after every `every`-th step; the rows begin with those of `first_step`"""
     rows = open_rows(data, TEXT_TOKENS, TEXT_ROWS, seed)
     windows = held_out_windows(data, TEXT_TOKENS, HELD_OUT_TOKENS)
-    first = options.get("first_step", 0)
     return train(
         model,
         steps,
-        options.get("learning_rate", 3e-3),
-        lambda step: model(**text_inputs(kind, rows.batch(first + step), rows.bos_token_id)).lm_loss,
+        learning_rate,
+        lambda step: model(**text_inputs(kind, rows.batch(first_step + step), rows.bos_token_id)).lm_loss,
         lambda: text_loss(model, kind, windows, rows.bos_token_id),
-        options.get("every", 50),
+        every,
         title,
-        options.get("warmup", 20),
     )
 
 
@@ -321,10 +329,15 @@ def attentions(model) -> list[nn.Module]:
     return [layer.self_attn for layer in model.model.layers]
 
 
+def nsa_module(model):
+    """The model's own copy of nsa_deepseek.py."""
+    return sys.modules[type(attentions(model)[0]).__module__]
+
+
 @contextmanager
 def chosen_blocks(model) -> Iterator[list[torch.Tensor]]:
     """A list that gets the selected blocks of each layer of a forward pass, int64 [B * K, S, num_select]."""
-    module, seen = sys.modules[type(attentions(model)[0]).__module__], []
+    module, seen = nsa_module(model), []
     branches = module._PYTORCH
 
     def attend_selected(query, key, value, blocks, *rest):
@@ -484,7 +497,7 @@ def compress_by_mlp(model):
 
 def rotate_compressed_branch(model, keys_too: bool):
     """Queries of the compressed branch are rotated; keys as well, by the position of their block's first token."""
-    module, rotary = sys.modules[type(attentions(model)[0]).__module__], model.model.rotary_emb
+    module, rotary = nsa_module(model), model.model.rotary_emb
     attend, *others = module._PYTORCH
 
     def rotate(states: torch.Tensor, first: int, stride: int) -> torch.Tensor:
@@ -534,21 +547,24 @@ def share_gates(model):
         attention.branch_gate = SharedGate(attention.branch_gate)
 
 
+def branch_projections(model) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each attention, the name of a projection of the selected or the window branch, and the compressed branch's twin."""
+    for attention in attentions(model):
+        for part in ("k_proj", "v_proj"):
+            for branch in ("select", "window"):
+                yield attention, f"{branch}_{part}", getattr(attention, f"compress_{part}")
+
+
 def share_keys_and_values(model):
     """One projection for keys and one for values of all branches."""
-    for attention in attentions(model):
-        for branch in ("select", "window"):
-            for part in ("k", "v"):
-                setattr(attention, f"{branch}_{part}_proj", getattr(attention, f"compress_{part}_proj"))
+    for attention, name, projection in branch_projections(model):
+        setattr(attention, name, projection)
 
 
 def start_with_equal_keys_and_values(model):
     """The branches have projections of their own, which are the same at first."""
-    for attention in attentions(model):
-        for branch in ("select", "window"):
-            for part in ("k", "v"):
-                own = getattr(attention, f"{branch}_{part}_proj")
-                own.load_state_dict(getattr(attention, f"compress_{part}_proj").state_dict())
+    for attention, name, projection in branch_projections(model):
+        getattr(attention, name).load_state_dict(projection.state_dict())
 
 
 CHOICES = {
@@ -609,14 +625,14 @@ def choices(arguments) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).train()
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).train()
 
 
-def convert(tool, source: Path, output: Path, sizes: dict[str, int], prefix: str) -> Path:
+def convert(tool, source: Path, output: Path, sizes: dict[str, int]) -> Path:
     """Runs a tool of tools/ by its command line."""
     shutil.rmtree(output, ignore_errors=True)
-    flags = [f"--{name.removeprefix(prefix).replace('_', '-')}={size}" for name, size in sizes.items()]
+    flags = [f"--{name.removeprefix('nsa_').replace('_', '-')}={size}" for name, size in sizes.items()]
     if tool.main([str(source), str(output), *flags]):
         raise RuntimeError(f"{tool.__name__} failed on {source}")
     return output
@@ -633,7 +649,7 @@ def converted_passkeys(arguments) -> dict:
             folder = source
             if kind.startswith("nsa"):
                 sizes = {name: KINDS[kind][name] for name in NSA_SIZES}
-                folder = convert(upcycle_nsa, source, arguments.work / "upcycled_passkeys", sizes, "nsa_")
+                folder = convert(upcycle_nsa, source, arguments.work / "upcycled_passkeys", sizes)
             model = load(folder)
             for length, numbers in by_length.items():
                 batch = passkey_eval_batch(arguments.data, length, PASSKEY_ROWS)
@@ -648,9 +664,9 @@ def upcycle(arguments) -> dict:
     def run(kind: str) -> dict:
         folder = source
         if kind == "nsa":
-            folder = convert(upcycle_nsa, source, arguments.work / "upcycled", NSA_SIZES, "nsa_")
+            folder = convert(upcycle_nsa, source, arguments.work / "upcycled", NSA_SIZES)
         # other rows than before, at the rate at which the dense run ended
-        options = {"first_step": arguments.steps, "learning_rate": 6e-4, "every": 10, "warmup": 20}
+        options = {"first_step": arguments.steps, "learning_rate": 6e-4, "every": 10}
         title = f"upcycle {kind}"
         return {"curve": train_on_text(load(folder), kind, arguments.data, 0, steps, title, **options)}
 
@@ -727,9 +743,9 @@ def dsa(arguments) -> dict:
     rows = open_rows(arguments.data, DSA_TOKENS, DSA_ROWS, seed=1)
     batch = passkey_eval_batch(arguments.data, DSA_TOKENS, 8)
 
-    def continue_training(
-        model, steps: int, rate: float, title: str, indexed: bool = True, first: int = 0
-    ) -> list[dict]:
+    steps = arguments.indexer_steps
+
+    def continue_training(model, rate: float, title: str, indexed: bool = True, first: int = 0) -> list[dict]:
         generator = torch.Generator().manual_seed(3 + first)
         index_losses = []
 
@@ -762,40 +778,35 @@ def dsa(arguments) -> dict:
         return train(model, steps, rate, loss_of, measure, 10, title, warmup=5)
 
     def run() -> dict:
-        folder = convert(add_indexer, source, arguments.work / "indexed", INDEXER_SIZES, "")
+        folder = convert(add_indexer, source, arguments.work / "indexed", INDEXER_SIZES)
         model = load(folder)
         model.config.index_warmup = True
         model.requires_grad_(False)
         for layer in model.model.layers:
             layer.self_attn.indexer.requires_grad_(True)
-        warmup = continue_training(model, arguments.indexer_steps, 5e-3, "dsa, warm-up")
+        warmup = continue_training(model, 5e-3, "dsa, warm-up")
         model.config.index_warmup = False
         model.requires_grad_(True)
-        sparse = continue_training(model, arguments.indexer_steps, 1e-3, "dsa, sparse", first=arguments.indexer_steps)
-        control = continue_training(
-            load(source), arguments.indexer_steps, 1e-3, "dsa, dense", indexed=False, first=arguments.indexer_steps
-        )
+        sparse = continue_training(model, 1e-3, "dsa, sparse", first=steps)
+        control = continue_training(load(source), 1e-3, "dsa, dense", indexed=False, first=steps)
         return {"warmup": warmup, "sparse": sparse, "dense": control}
 
-    options = {"stages": DSA_STAGES, "steps": arguments.indexer_steps, "config": KINDS["mla"] | INDEXER_SIZES}
+    options = {"stages": DSA_STAGES, "steps": steps, "config": KINDS["mla"] | INDEXER_SIZES}
     runs = kept(arguments.work, "dsa", options, run)
     figure, axes = new_figure(1, 3, width=13)
-    shift = arguments.indexer_steps
     for stage, colour in (("warmup", "C1"), ("sparse", "C2"), ("dense", "C0")):
-        moved = [point | {"step": point["step"] + (0 if stage == "warmup" else shift)} for point in runs[stage]]
+        moved = [point | {"step": point["step"] + (0 if stage == "warmup" else steps)} for point in runs[stage]]
         label = {"warmup": "warm-up", "sparse": "sparse", "dense": "dense MLA"}[stage]
-        plot_curve(axes[0], moved, "recall", color=colour, label=f"{label}: true top-k found")
-        plot_curve(axes[0], moved, "attention_covered", color=colour, ls="--", label=f"{label}: attention covered")
         if stage != "dense":
+            plot_curve(axes[0], moved, "recall", color=colour, label=f"{label}: true top-k found")
+            plot_curve(axes[0], moved, "attention_covered", color=colour, ls="--", label=f"{label}: attention covered")
             plot_curve(axes[1], moved, "index_loss", color=colour, label=label)
         plot_curve(axes[2], moved, "accuracy", color=colour, label=label)
     axes[0].set(xlabel="step", ylabel="indexer", ylim=(0, 1.02))
     axes[1].set(xlabel="step", ylabel="KL of a layer, nats", yscale="log")
     axes[2].set(xlabel="step", ylabel=f"passkey accuracy, {INDEXER_SIZES['index_topk']} of {DSA_TOKENS} tokens read")
     axes[2].set_ylim(-0.02, 1.02)
-    handles, labels = axes[0].get_legend_handles_labels()
-    kept_labels = [i for i, label in enumerate(labels) if "dense" not in label]
-    axes[0].legend([handles[i] for i in kept_labels], [labels[i] for i in kept_labels], fontsize=8)
+    axes[0].legend(fontsize=8)
     axes[1].legend()
     axes[2].legend()
     final = {stage: curve[-1] for stage, curve in runs.items()}

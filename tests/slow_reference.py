@@ -107,13 +107,9 @@ class SlowModel:
         entry times the tokens that the two share. Rotation in the selected and the window branch only."""
         c, length = self.config, len(states)
         assert list(positions) == list(range(length))
-        heads, width, block, stride = (
-            c.num_attention_heads,
-            c.head_dim,
-            c.nsa_compress_block_size,
-            c.nsa_compress_stride,
-        )
-        select, sharing, scale = c.nsa_select_block_size, heads // c.num_key_value_heads, width**-0.5
+        heads, width, scale = c.num_attention_heads, c.head_dim, c.head_dim**-0.5
+        sharing = heads // c.num_key_value_heads
+        block, stride, select = c.nsa_compress_block_size, c.nsa_compress_stride, c.nsa_select_block_size
         gates = torch.sigmoid(self.linear(f"{name}.branch_gate", states)).view(length, heads, 3)
         outputs = torch.zeros(length, heads, width, dtype=torch.float64)
 

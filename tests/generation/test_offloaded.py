@@ -46,11 +46,8 @@ def test_sparse_attention_is_refused(family, seeming_cuda):
         model(tokens, past_key_values=DynamicCache(config=model.config, offloading=True))
 
 
-def test_without_a_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(
-        torch, "Stream", FakeStream
-    )  # which PyTorch built for CUDA would not make; the cache is made first
+def test_without_a_device(seeming_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # but streams: PyTorch built for CUDA makes none
     model, tokens = make_model("v3"), make_tokens(1, 8)
     with pytest.raises(ValueError, match="no CUDA device"):
         model.generate(tokens, cache_implementation="offloaded", **SETTINGS)
