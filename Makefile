@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-oldest test-kernels lint format clean
+.PHONY: demo test test-slow test-versions test-kernels lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) demo.py
@@ -17,9 +17,14 @@ test: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	$(RUN) -m pytest -n $(WORKERS) -m slow
 
-# The model's own tests on the oldest transformers that pyproject.toml allows.
-test-oldest: $(VENV)-oldest/installed
-	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/unit tests/contract tests/parity
+# The model's own tests on the oldest transformers that pyproject.toml allows, on one that the engines pin, and on the
+# newest in the package index, whichever that is today.
+TRANSFORMERS := 5.6.0 5.19.0 newest
+test-versions: $(TRANSFORMERS:%=test-transformers-%)
+
+test-transformers-%: $(VENV)-transformers-%/installed
+	$(VENV)-transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	$(VENV)-transformers-$*/bin/python -m pytest -n $(WORKERS) tests/unit tests/contract tests/parity
 
 # GPU kernels without a GPU: in Triton's interpreter, then through its compiler. Triton is a download of 285 MB.
 test-kernels: $(VENV)/installed
@@ -44,10 +49,12 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(RUN) -m pip install --quiet -r requirements-test.txt
 	touch $@
 
-$(VENV)-oldest/installed: requirements.txt requirements-oldest.txt
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet -r requirements-oldest.txt
+.PRECIOUS: $(VENV)-transformers-%/installed
+$(VENV)-transformers-%/installed: requirements-versions.txt
+	$(PYTHON) -m venv $(VENV)-transformers-$*
+	$(VENV)-transformers-$*/bin/python -m pip install --quiet -r requirements-versions.txt \
+		$(if $(filter newest,$*),--upgrade transformers,transformers==$*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-* .pytest_cache .ruff_cache .hypothesis

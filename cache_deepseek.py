@@ -11,7 +11,9 @@ Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width o
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticIndexedLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from .compat_deepseek import StaticIndexedLayer
 
 _LEAST_ROOM = 256  # tokens of spare room in a new buffer
 _UNDO_TOKENS = 512  # tokens by which a layer that keeps only the last ones can be cropped without notice
@@ -404,7 +406,13 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLaye
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = make_layer()
         elif type(layer) is StaticLayer and not layer.is_initialized:
-            static_layer = {LatentLayer: StaticLatentLayer, IndexedLayer: StaticIndexedLayer}.get(type(make_layer()))
+            growing = type(make_layer())
+            if growing is IndexedLayer and StaticIndexedLayer is None:
+                raise ValueError(
+                    "This release of transformers has no static cache for an indexer's keys; it came with 5.11. Leave "
+                    "`cache_implementation` out, or upgrade transformers."
+                )
+            static_layer = {LatentLayer: StaticLatentLayer, IndexedLayer: StaticIndexedLayer}.get(growing)
             if static_layer is not None:
                 cache.layers[i] = static_layer(layer.max_cache_len)
 

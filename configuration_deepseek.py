@@ -201,7 +201,8 @@ class DeepseekConfig(PreTrainedConfig):
     # Not one of the published types, on purpose: PEFT rewrites LoRA targets by the type of a config in memory, and
     # its rules for "deepseek_v3" lose the shared experts and the dense layers. config.json gets the published type.
     model_type = "deepseek_hub"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # what a Trainer does not take for predictions; the cache has two names, by the release of transformers
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "lm_loss", "mtp_loss", "aux_loss", "index_loss"]
     attribute_map = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),

@@ -120,7 +120,7 @@ def write(
         streamer=streamer,
         return_dict_in_generate=True,
     )
-    times, cache = streamer.token_times, output.past_key_values
+    times, cache = streamer.token_times, output.get("cache", output.get("past_key_values"))
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     console.print(
         f"{(len(times) - 1) / (times[-1] - times[0]):.0f} tokens a second, "

@@ -40,6 +40,7 @@ from transformers.generation.logits_process import (
 from transformers.utils import logging
 
 from .cache_deepseek import Int8Layer, check_offloading, move_tokens, take_back
+from .compat_deepseek import CACHE_NAME, cache_field, gives_cache_by_its_name
 from .prefix_deepseek import Prefix, describe_model, read_prefix
 
 _CHUNK = 1024  # tokens of a chunk of `prefill`
@@ -306,7 +307,7 @@ class Speculation:
     def _prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the model over the prompt, and the MTP modules over all of it but the last chunk -> that chunk's states
         and embeddings, [B, S, D] each"""
-        cache = self.kwargs["past_key_values"]
+        cache = self.kwargs[CACHE_NAME]
         past = int(cache.get_seq_length())
         embeds, mask = self.kwargs.get("inputs_embeds"), self.kwargs.get("attention_mask")
         mask_width = getattr(self.config, "_mask_length", self.prompt_width) if mask is None else mask.shape[1]
@@ -507,7 +508,7 @@ class Speculation:
         records = {name: tuple(record[:new]) or None for name, record in self.records.items()}
         return SpeculativeOutput(
             sequences=sequences,
-            past_key_values=self.rows.cache if self.batch == 1 else None,
+            **cache_field(self.rows.cache if self.batch == 1 else None),
             rounds=self.rounds,
             drafted=self.drafted,
             accepted=self.accepted,
@@ -544,10 +545,12 @@ class DeepseekGenerationMixin(GenerationMixin):
     transformers' own switch, drafts as many as there are modules.
     """
 
+    generate = gives_cache_by_its_name(GenerationMixin.generate)
+
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         mtp_tokens = model_kwargs.pop("mtp_tokens", getattr(config, "mtp_tokens", None))
-        if config.use_mtp and not mtp_tokens:
+        if getattr(config, "use_mtp", None) and not mtp_tokens:
             mtp_tokens = self.config.num_nextn_predict_layers or 1
         config.use_mtp = None  # transformers' own loop is for one row and one fixed layer number
         config.mtp_tokens = None if config.is_assistant else mtp_tokens
@@ -636,7 +639,7 @@ class DeepseekGenerationMixin(GenerationMixin):
             raise ValueError("`pad_token_id` is not set, and rows may end at different lengths. Set `pad_token_id`.")
         if any(isinstance(one, SynthIDTextWatermarkLogitsProcessor) for one in logits_processor):
             raise ValueError("SynthID's watermark counts its calls, and does not go with `mtp_tokens`.")
-        if getattr(model_kwargs["past_key_values"], "offloading", False):
+        if getattr(model_kwargs[CACHE_NAME], "offloading", False):
             raise ValueError(
                 "`mtp_tokens` does not go with an offloaded cache: tokens taken back could still be on their way between "
                 "the devices. Leave `cache_implementation` or `mtp_tokens` out, or use `model.int8_cache()`."

@@ -52,7 +52,7 @@ def is_quantised(config, quantization_config) -> bool:
     return as_dict.get("quant_method") != "fp8"
 
 
-def ignored_mtp_keys(config) -> set[str]:
+def ignored_mtp_keys(config) -> list[str]:
     """Patterns of keys that a checkpoint may have and the model does without.
 
     Published multi-token-prediction modules carry copies of the embedding and the output head, which the model shares;
@@ -60,7 +60,7 @@ def ignored_mtp_keys(config) -> set[str]:
     """
     first_absent = config.num_hidden_layers + config.num_nextn_predict_layers
     absent = "|".join(str(first_absent + k) for k in range(16))
-    return {r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight", rf"layers\.({absent})\."}
+    return [r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight", rf"layers\.({absent})\."]
 
 
 # ---------------------------------------------------------------------------------------------------------------

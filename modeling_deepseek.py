@@ -16,7 +16,6 @@ width; for MLA Dn / Dr / Dv the widths of a head without and with position and o
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -37,6 +35,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_deepseek import GrowingLayer, IndexedLayer, LatentLayer, NSACacheLayer, use_growing_layers
+from .compat_deepseek import (
+    cache_field,
+    create_causal_mask,
+    create_masks_for_generate,
+    model_output,
+    takes_cache_by_either_name,
+    update_paged_cache,
+)
 from .configuration_deepseek import DeepseekConfig
 from .dsa_deepseek import LightningIndexer, VisibleTokens, find_visible_tokens, selected_latent_attention
 from .dsa_kernels_deepseek import index_scores  # noqa: F401  older loaders copy only what this file names
@@ -142,6 +148,7 @@ class DeepseekAttention(nn.Module):
         query, key = (apply_rotary(states, *position_embeddings, layout="half") for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, T, D]
+        key, value = update_paged_cache(key, value, self.layer_idx, kwargs)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, probs = attend(
@@ -257,7 +264,7 @@ class DeepseekMLA(nn.Module):
             index_states = self.indexer(hidden_states.detach(), query_input.detach(), position_embeddings)
             index_key = index_states.key  # [B, S, index_head_dim]
             if past_key_values is not None:
-                index_key = past_key_values.update_indexer(index_key, self.layer_idx)  # [B, T, index_head_dim]
+                index_key = cache_layer.update_indexer(index_key)  # [B, T, index_head_dim]
 
         index_loss = None
         if "cache" in kwargs:
@@ -565,7 +572,7 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@model_output
 class DeepseekModelOutput(ModelOutput):
     """
     last_hidden_state: [B, S, hidden_size], after the last norm.
@@ -586,7 +593,7 @@ class DeepseekModelOutput(ModelOutput):
     index_loss: torch.FloatTensor | None = None
 
 
-@dataclass
+@model_output
 class DeepseekCausalLMOutput(ModelOutput):
     """
     loss: with `labels`: `lm_loss`, and in training also mtp_loss_weight * mtp_loss + aux_loss_alpha * aux_loss +
@@ -624,7 +631,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The shared head runs outside its layer, so FSDP2, which shards by these classes, must gather it by itself.
     _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer", "DeepseekSharedHead"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -746,6 +753,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self._plain_mask_config = _plain_mask_config(config)
         self.post_init()
 
+    @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -790,7 +798,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             index_losses += [] if index_loss is None else [index_loss]
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **cache_field(past_key_values),
             aux_loss=_total(balance_losses),
             index_loss=_total(index_losses),
         )
@@ -964,6 +972,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -1019,7 +1028,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
         return DeepseekCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_field(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -1051,15 +1060,22 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
         return torch.stack(losses).mean()
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **kwargs):
         """Masks that `generate` prepares outside a compiled step, as `DeepseekModel._mask` wants them."""
+        past_key_values = cache if past_key_values is None else past_key_values
         if config.attention_kind == "nsa" or config.index_topk is not None:
             return attention_mask
         if config.attention_kind == "mla":
             if int(past_key_values.get_seq_length()) == 0:
                 return attention_mask
             config = _plain_mask_config(config)
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in transformers; its paged cache then holds MLA's latents, kv_lora_rank + qk_rope_head_dim numbers a token.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checks import assert_close
+from deepseek_repo.compat_deepseek import CACHE_NAME
 from tiny import MAIN_FAMILIES, make_model, make_tokens
 from transformers import CompileConfig, DynamicCache, StaticCache, cache_utils
 
@@ -76,7 +77,7 @@ def test_an_indexer_that_may_choose_is_not_compiled():
         config = model.generation_config
         config.compile_config = CompileConfig()
         config.compile_config._compile_all_devices = True
-        kwargs = {"past_key_values": StaticCache(config=model.config, max_cache_len=8)}
+        kwargs = {CACHE_NAME: StaticCache(config=model.config, max_cache_len=8)}
         assert model._valid_auto_compile_criteria(kwargs, config) == compiled
 
 

@@ -1,6 +1,7 @@
 """The same checkpoint folder, read by us and by transformers' own classes: logits, gradients, both directions."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from checks import assert_close, assert_gradients_close, gradients
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from tiny import make_model, make_tokens
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 
 NATIVE = {
     "llama": LlamaForCausalLM,
@@ -16,6 +18,18 @@ NATIVE = {
     "v3": DeepseekV3ForCausalLM,
     "v3_mtp0": DeepseekV3ForCausalLM,
 }
+
+
+def native_v2_is_whole() -> bool:
+    """Releases until 5.16 leave YaRN's factor out of the softmax scale of V2, and cannot run groups of experts."""
+    ours = make_model("v2_lite")
+    config = DeepseekV2ForCausalLM.config_class.from_dict(ours.config.to_dict())
+    native_attention = DeepseekV2Attention(config, layer_idx=0)
+    return math.isclose(native_attention.scaling, ours.model.layers[0].self_attn.scaling)
+
+
+if not native_v2_is_whole():
+    NATIVE = {name: model_class for name, model_class in NATIVE.items() if model_class is not DeepseekV2ForCausalLM}
 
 
 @pytest.fixture(params=NATIVE)
@@ -77,7 +91,12 @@ def test_padded_rows(family, padding, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "experts"),
-    [("llama", "eager"), *itertools.product(["v2_lite", "v2", "v3_mtp0"], ["eager", "grouped_mm", "batched_mm"])],
+    [
+        ("llama", "eager"),
+        *itertools.product(
+            [name for name in ("v2_lite", "v2", "v3_mtp0") if name in NATIVE], ["eager", "grouped_mm", "batched_mm"]
+        ),
+    ],
     indirect=["family"],
 )
 def test_gradients(family, experts, tmp_path):
