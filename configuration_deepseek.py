@@ -4,7 +4,8 @@
 `model_type` and `architectures`, so that a checkpoint saved here opens in transformers' native classes and in other
 engines. In memory the class carries a `model_type` of its own (see docs/design.md for why).
 
-A model is described by independent axes, each resolved once here and never again in the modeling files:
+A model is described by independent axes, each resolved here and never again in the modeling files. What other fields
+imply is derived when it is read, so a config may be edited; `validate` looks at the result when a model is built or saved:
 
     attention_kind    "gqa" (DeepSeek-LLM, DeepSeekMoE), "mla" (V2, V3): "mla" where `kv_lora_rank` is set; or "nsa"
                       (native sparse attention), which no released checkpoint has: `model_type` "deepseek_nsa" on disk
@@ -13,6 +14,8 @@ A model is described by independent axes, each resolved once here and never agai
     topk_method       router selection: "greedy", "group_limited_greedy" or "noaux_tc"
     norm_topk_prob, routed_scaling_factor    router weights
 """
+
+import inspect
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -31,9 +34,6 @@ _DENSE = {
     "qk_rope_head_dim": None,
     "v_head_dim": None,
     "rope_interleave": False,
-    "index_topk": None,
-    "index_n_heads": None,
-    "index_head_dim": None,
     "n_routed_experts": None,
     "n_shared_experts": None,
     "num_experts_per_tok": None,
@@ -95,6 +95,7 @@ _V3 = _V2 | {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+_DERIVED = ("num_key_value_heads", "head_dim", "mlp_layer_types")
 _V32_INDEXER = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
 # Native sparse attention on grouped-query attention: no released checkpoint; the paper's sizes.
 _NSA_SIZES = {
@@ -116,6 +117,8 @@ FAMILY_DEFAULTS = {
     "deepseek_nsa": _NSA,
 }
 
+_FAMILY_FIELDS = tuple(dict.fromkeys(name for fields in FAMILY_DEFAULTS.values() for name in fields))
+
 # The class names that go with a `model_type` in a published config.json: DeepseekV3ForCausalLM and so on.
 _ARCHITECTURE_PREFIX = {
     "llama": "Llama",
@@ -125,7 +128,10 @@ _ARCHITECTURE_PREFIX = {
     "deepseek_v32": "DeepseekV32",
     "deepseek_nsa": "Deepseek",
 }
-_MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_INDEXER_LEARNING = {"index_loss_weight": 1.0, "index_warmup": False}
+_INDEXER_FIELDS = (*_V32_INDEXER, *_INDEXER_LEARNING)
+_MLA_SIZES = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_MLA_FIELDS = (*_MLA_SIZES, "rope_interleave")
 _MOE_FIELDS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
 _MOE_FIELDS += ("first_k_dense_replace", "moe_layer_freq", "scoring_func", "topk_method", "n_group", "topk_group")
 _MOE_FIELDS += ("norm_topk_prob", "routed_scaling_factor", "aux_loss_alpha")
@@ -141,11 +147,38 @@ _ROPE_NUMBERS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "
 _ROPE_NUMBERS += ("attention_factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")
 
 
+class _Derived:
+    """A field of a config that follows from the others unless it is set; null lets it follow them again."""
+
+    def __init__(self, derive):
+        self.derive, self.__doc__ = derive, derive.__doc__
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, config, owner=None):
+        if config is None:
+            return self
+        value = config.__dict__.get(self.name)
+        return self.derive(config) if value is None else value
+
+    def __set__(self, config, value):
+        # under its own name, where transformers looks for what to compare, copy and write
+        config.__dict__[self.name] = value
+        if value is None:
+            del config.__dict__[self.name]
+
+    def __delete__(self, config):
+        config.__dict__.pop(self.name, None)
+
+
 class DeepseekConfig(PreTrainedConfig):
     """Configuration of a DeepSeek model.
 
     Fields that are not given take the values of the published model of that `model_type`
-    (`FAMILY_DEFAULTS`); without a `model_type`, those of DeepSeek-V3.
+    (`FAMILY_DEFAULTS`); without a `model_type`, those of DeepSeek-V3. Fields of MLA, of the indexer, of native sparse
+    attention and of experts exist only on configs of models that have these, as in the published files: serving engines
+    ask `hasattr(config, "index_topk")`.
 
     Args:
         vocab_size: rows of the embedding matrix.
@@ -276,14 +309,12 @@ class DeepseekConfig(PreTrainedConfig):
             checkpoint_model_type = checkpoint_model_type or published_type
         self.checkpoint_model_type = checkpoint_model_type or "deepseek_v3"
         _check_choice("model_type", self.checkpoint_model_type, tuple(FAMILY_DEFAULTS))
-        attention_kind = kwargs.pop("attention_kind", None)
-        defaults = FAMILY_DEFAULTS[self.checkpoint_model_type]
-        if attention_kind == "nsa":  # on top of any family without a latent
-            defaults, self.checkpoint_model_type = _NSA_SIZES | defaults, "deepseek_nsa"
-        elif kwargs.get("index_topk") is not None:  # on top of any family with latents
-            defaults, self.checkpoint_model_type = defaults | _V32_INDEXER, "deepseek_v32"
-        for name, default in defaults.items():
-            setattr(self, name, kwargs.pop(name, default))
+        for name, default in FAMILY_DEFAULTS[self.checkpoint_model_type].items():
+            if name not in _DERIVED:
+                setattr(self, name, kwargs.pop(name, default))
+        for name in (*_V32_INDEXER, *_NSA_SIZES):  # on top of another family
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
 
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
@@ -298,18 +329,27 @@ class DeepseekConfig(PreTrainedConfig):
         self.index_loss_weight = index_loss_weight
         self.index_warmup = index_warmup
         self.separate_experts = separate_experts
-        if self.checkpoint_model_type == "deepseek_nsa":
-            attention_kind = attention_kind or "nsa"
-        self.attention_kind = attention_kind or ("gqa" if self.kv_lora_rank is None else "mla")
-        self._fill_nulls()
+        self.attention_kind = kwargs.pop("attention_kind", None)
+        family = FAMILY_DEFAULTS[self.checkpoint_model_type]
+        given = {name: kwargs.pop(name, family.get(name)) for name in _DERIVED}
+        self.rope_parameters = _resolve_rope(rope_parameters, rope_scaling, rope_theta, self.max_position_embeddings)
+        self._settle()
+        self._validate_fields()
+        for name, value in given.items():
+            # A file cannot say whether a value was chosen; one that follows from the other fields keeps following them.
+            if value and value != getattr(self, name):
+                setattr(self, name, value)
+        if self.attention_kind == "mla":
+            del self.head_dim  # an alias of qk_rope_head_dim here
         self._validate_fields()
         _validate_common(kwargs, self.num_hidden_layers)
-        self._resolve_axes(kwargs.pop("mlp_layer_types", None))
-        self.rope_parameters = _resolve_rope(rope_parameters, rope_scaling, rope_theta, self.max_position_embeddings)
         self._validate_combinations()
 
         # Left over: what transformers knows (architectures, dtype, ...) and what a checkpoint carries besides.
         kwargs.pop("qk_head_dim", None)
+        kwargs.pop(
+            "layer_types", None
+        )  # says nothing that the other fields do not, and would outlive an edit of theirs
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=self.bos_token_id,
@@ -318,67 +358,158 @@ class DeepseekConfig(PreTrainedConfig):
             **kwargs,
         )
 
+    def validate(self):
+        """Looks at the fields as they are now: models call it when they are built, and `save_pretrained` before it writes.
+
+        Raises:
+            ValueError: as the constructor does.
+        """
+        self._settle()
+        self._validate_fields()
+        _validate_common(vars(self), self.num_hidden_layers)
+        self._validate_combinations()
+
+    def _settle(self):
+        """Gives the config the fields of its kind of model, and takes those of the other kinds away."""
+        if self.has_indexer and self.checkpoint_model_type != "deepseek_nsa":
+            self.checkpoint_model_type = "deepseek_v32"
+        family = FAMILY_DEFAULTS[self.checkpoint_model_type]
+        has = {
+            _MLA_FIELDS: getattr(self, "kv_lora_rank", None) is not None,
+            _MOE_FIELDS: getattr(self, "n_routed_experts", None) is not None,
+            _INDEXER_FIELDS: self.checkpoint_model_type == "deepseek_v32",
+            tuple(_NSA_SIZES): self.attention_kind == "nsa",
+        }
+        for names, belongs in has.items():
+            switch = names[0]
+            for name in names:
+                if belongs and not hasattr(self, name):
+                    setattr(self, name, (family | _INDEXER_LEARNING).get(name))
+                elif not belongs and hasattr(self, name) and (name != switch or family.get(name) is None):
+                    delattr(self, name)
+        self._fill_nulls()
+        self.rope_parameters = _resolve_rope(self.rope_parameters, None, None, self.max_position_embeddings)
+
     def _fill_nulls(self):
         """What published files mean by null: one group, no scaling, no such modules."""
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+        self.num_nextn_predict_layers = self.num_nextn_predict_layers or 0
+        if getattr(self, "n_routed_experts", None) is None:
+            return
         self.n_group = 1 if self.n_group is None else self.n_group
         self.topk_group = self.n_group if self.topk_group is None else self.topk_group
         self.routed_scaling_factor = 1.0 if self.routed_scaling_factor is None else self.routed_scaling_factor
         self.n_shared_experts = self.n_shared_experts or 0
-        self.num_nextn_predict_layers = self.num_nextn_predict_layers or 0
         if self.topk_method == "gready":  # the spelling of the first V2 files
             self.topk_method = "greedy"
 
-    def _resolve_axes(self, mlp_layer_types: list[str] | None):
-        """Derives what the published fields only imply."""
-        if self.attention_kind == "mla":
-            self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read: the rotated width
-        elif self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        self.mlp_layer_types = mlp_layer_types or self._published_mlp_layer_types()
+    @_Derived
+    def num_key_value_heads(self) -> int:
+        """Key/value heads of GQA: one for each query head unless given."""
+        return self.num_attention_heads
 
-    def _published_mlp_layer_types(self) -> list[str]:
+    @_Derived
+    def head_dim(self) -> int:
+        """Width of a GQA head. For MLA it is what transformers' RoPE functions read as such: the rotated width."""
+        if self.attention_kind == "mla":
+            return self.qk_rope_head_dim
+        return self.hidden_size // self.num_attention_heads
+
+    @_Derived
+    def mlp_layer_types(self) -> list[str]:
+        """The MLP of each layer, "dense" or "sparse"."""
+        if getattr(self, "n_routed_experts", None) is None:
+            return ["dense"] * self.num_hidden_layers
         return [
-            "sparse"
-            if self.n_routed_experts is not None and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
-            else "dense"
+            "sparse" if i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0 else "dense"
             for i in range(self.num_hidden_layers)
         ]
 
+    @property
+    def attention_kind(self) -> str:
+        """ "gqa", "mla" or "nsa"; to be set to "nsa", on top of any family without a latent."""
+        if self.checkpoint_model_type == "deepseek_nsa":
+            return "nsa"
+        return "gqa" if getattr(self, "kv_lora_rank", None) is None else "mla"
+
+    @attention_kind.setter
+    def attention_kind(self, kind: str | None):
+        if kind is None:
+            return
+        _check_choice("attention_kind", kind, ("gqa", "mla", "nsa"))
+        if kind == "nsa":
+            self.checkpoint_model_type = "deepseek_nsa"
+        elif kind != self.attention_kind:
+            raise ValueError(
+                f"`attention_kind` is {kind!r}, but the other fields make it {self.attention_kind!r}; for 'mla' set "
+                "`kv_lora_rank`, for 'gqa' set it to null and take a `model_type` other than 'deepseek_nsa'."
+            )
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether an indexer selects `index_topk` tokens for each query (V3.2)."""
+        return getattr(self, "index_topk", None) is not None
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of RoPE's frequencies, of `rope_parameters`."""
+        return self.rope_parameters["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value: float):
+        self.rope_parameters = {**self.rope_parameters, "rope_theta": value}
+
+    @property
+    def rope_scaling(self) -> dict:
+        """The published name of `rope_parameters`; to be set to a dict without `rope_theta`, which then stays."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict | None):
+        self.rope_parameters = _resolve_rope(None, value, self.rope_theta, self.max_position_embeddings)
+
     def _validate_fields(self):
         """Raises a ValueError for the first field whose value is none at all."""
-        _check_choice("attention_kind", self.attention_kind, ("gqa", "mla", "nsa"))
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        counts += ["num_key_value_heads", "moe_layer_freq"]
+        counts += ["num_key_value_heads"]
         if self.attention_kind == "mla":
-            counts += [name for name in _MLA_FIELDS if name != "q_lora_rank" or self.q_lora_rank is not None]
-        elif self.head_dim is not None:
+            counts += [name for name in _MLA_SIZES if name != "q_lora_rank" or self.q_lora_rank is not None]
+        elif "head_dim" in vars(self):
             counts += ["head_dim"]
         if self.attention_kind == "nsa":
             for name in _NSA_SIZES:
                 _check_count(name, getattr(self, name), minimum=int(name != "nsa_num_init_blocks"), maximum=2**16)
-        if self.n_routed_experts is not None:
-            counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
+        experts = getattr(self, "n_routed_experts", None) is not None
+        numbers = ["mtp_loss_weight", "rms_norm_eps", "initializer_range"]
+        flags = ["attention_bias", "tie_word_embeddings", "use_cache"]
+        if experts:
+            counts += [
+                "moe_layer_freq",
+                "n_routed_experts",
+                "num_experts_per_tok",
+                "moe_intermediate_size",
+                "n_group",
+                "topk_group",
+            ]
         for name in counts:
             _check_count(name, getattr(self, name), minimum=1)
         _check_count("max_position_embeddings", self.max_position_embeddings, minimum=1, maximum=2**31 - 1)
         for name in ("num_hidden_layers", "num_nextn_predict_layers"):
             _check_count(name, getattr(self, name), minimum=0, maximum=_MOST_LAYERS)
-        for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
-            _check_count(name, getattr(self, name), minimum=0)
-        for name in (
-            "aux_loss_alpha",
-            "mtp_loss_weight",
-            "index_loss_weight",
-            "rms_norm_eps",
-            "initializer_range",
-            "routed_scaling_factor",
-        ):
+        if experts:
+            for name in ("first_k_dense_replace", "n_shared_experts"):
+                _check_count(name, getattr(self, name), minimum=0)
+            numbers += ["aux_loss_alpha", "routed_scaling_factor"]
+            flags += ["norm_topk_prob"]
+        if self.attention_kind == "mla":
+            flags += ["rope_interleave"]
+        if self.has_indexer:
+            numbers += ["index_loss_weight"]
+            flags += ["index_warmup"]
+        for name in numbers:
             _check_number(name, getattr(self, name))
         _check_number("attention_dropout", self.attention_dropout, maximum=1)
         _check_choice("hidden_act", self.hidden_act, _ACTIVATIONS)
-        for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "rope_interleave", "use_cache"):
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be true or false.")
         self._validate_token_ids()
@@ -421,9 +552,9 @@ class DeepseekConfig(PreTrainedConfig):
             )
         for kind in self.mlp_layer_types:
             _check_choice("mlp_layer_types", kind, ("dense", "sparse"))
-        if "sparse" in self.mlp_layer_types and self.n_routed_experts is None:
+        if "sparse" in self.mlp_layer_types and getattr(self, "n_routed_experts", None) is None:
             raise ValueError("`mlp_layer_types` has 'sparse' layers but `n_routed_experts` is null; set it.")
-        if self.n_routed_experts is not None:
+        if getattr(self, "n_routed_experts", None) is not None:
             self._validate_router()
         _validate_rope(self.rope_parameters)
 
@@ -431,7 +562,7 @@ class DeepseekConfig(PreTrainedConfig):
         for name in _V32_INDEXER:
             _check_count(name, getattr(self, name), minimum=1)
         for name in ("kv_lora_rank", "q_lora_rank"):
-            if getattr(self, name) is None:
+            if getattr(self, name, None) is None:
                 raise ValueError(
                     f"`{name}` is null, but an indexer (`index_topk`) works on MLA with a query latent; set it."
                 )
@@ -463,7 +594,7 @@ class DeepseekConfig(PreTrainedConfig):
                 f"`nsa_num_select_blocks` is {self.nsa_num_select_blocks}, less than the {fixed} blocks that are always "
                 "selected (`nsa_num_init_blocks` + `nsa_num_local_blocks`); choose more."
             )
-        if self.kv_lora_rank is not None:
+        if getattr(self, "kv_lora_rank", None) is not None:
             raise ValueError("`kv_lora_rank` is set, but `attention_kind` 'nsa' has no latent; set it to null.")
         if self.attention_dropout:
             raise ValueError(
@@ -507,7 +638,7 @@ class DeepseekConfig(PreTrainedConfig):
     @property
     def mtp_layer_type(self) -> str:
         """MLP kind of the multi-token-prediction modules: sparse wherever the model has experts."""
-        return "dense" if self.n_routed_experts is None else "sparse"
+        return "dense" if getattr(self, "n_routed_experts", None) is None else "sparse"
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -527,6 +658,25 @@ class DeepseekConfig(PreTrainedConfig):
             config_dict["checkpoint_model_type"] = config_dict.pop("model_type")
         return config_dict, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; fields given besides are checked together, also those that the file's family lacks."""
+        fields = {"attention_kind", "mlp_layer_types", *_FAMILY_FIELDS, *inspect.signature(cls.__init__).parameters}
+        edits = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.update(edits)
+        config.validate()
+        return loaded
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.validate()  # before a folder is made, and in every release of transformers
+        super().save_pretrained(save_directory, **kwargs)
+
+    def __eq__(self, other) -> bool:
+        # transformers makes a dataclass of this class, which would compare its own fields only
+        return isinstance(other, DeepseekConfig) and vars(self) == vars(other)
+
     def to_dict(self) -> dict:
         """The published form: official names only, with the checkpoint's own `model_type` and `architectures`."""
         output = super().to_dict()
@@ -535,22 +685,14 @@ class DeepseekConfig(PreTrainedConfig):
             prefix = _ARCHITECTURE_PREFIX[self.checkpoint_model_type]
             output["architectures"] = [_publish_architecture(name, prefix) for name in output["architectures"]]
 
-        for derived in ("attention_kind", "mlp_bias", "separate_experts"):
-            output.pop(derived, None)
-        if self.index_topk is None:
-            for name in (*_V32_INDEXER, "index_loss_weight", "index_warmup"):
-                output.pop(name, None)
-        if output.get("mlp_layer_types") == self._published_mlp_layer_types():
+        for name in ("mlp_bias", "separate_experts"):
+            output.pop(name, None)
+        if output.get("mlp_layer_types") == type(self).mlp_layer_types.derive(self):
             output.pop("mlp_layer_types")
+        output["num_key_value_heads"] = self.num_key_value_heads
+        output["head_dim"] = self.head_dim
         if self.attention_kind == "mla":
-            output.pop("head_dim", None)  # an alias of qk_rope_head_dim here
-        else:
-            for name in ("rope_interleave", *_MLA_FIELDS):
-                output.pop(name, None)
-        if self.n_routed_experts is None:
-            for name in _MOE_FIELDS:
-                output.pop(name, None)
-
+            output.pop("head_dim")  # an alias of qk_rope_head_dim here
         rope = dict(output.pop("rope_parameters"))
         output["rope_theta"] = rope.pop("rope_theta")
         rope_type = rope.pop("rope_type")
@@ -561,8 +703,9 @@ class DeepseekConfig(PreTrainedConfig):
         output = super().to_diff_dict()
         if "dtype" in output:
             output["torch_dtype"] = output.pop("dtype")  # the published name, which all readers know
-        if self.n_routed_experts is None and FAMILY_DEFAULTS[self.checkpoint_model_type].get("n_routed_experts"):
-            output["n_routed_experts"] = None  # absent, it would be read as the family's number
+        for name in ("kv_lora_rank", "n_routed_experts"):
+            if getattr(self, name, None) is None and FAMILY_DEFAULTS[self.checkpoint_model_type].get(name):
+                output[name] = None  # absent, it would be read as the family's number
         return output
 
 

@@ -41,7 +41,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     mtp = sum(parameter.numel() for parameter in model.model.layers[config.num_hidden_layers :].parameters())
     idle = 0
-    if config.n_routed_experts:
+    if getattr(config, "n_routed_experts", None):
         for layer in model.model.layers[: config.num_hidden_layers]:
             experts = getattr(layer.mlp, "experts", None)
             if experts is not None:
@@ -66,7 +66,7 @@ def describe(console: Console, model: nn.Module) -> None:
     cached, plain = cache_numbers(config)
     width = model.dtype.itemsize
     mlp = "dense MLPs"
-    if config.n_routed_experts:
+    if getattr(config, "n_routed_experts", None):
         mlp = f"{config.n_routed_experts} routed experts, {config.num_experts_per_tok} a token, {config.n_shared_experts} shared"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{total / 1e6:.1f} million, {active / 1e6:.1f} million active for a token")

@@ -567,7 +567,7 @@ class DeepseekGenerationMixin(GenerationMixin):
         Raises:
             ValueError: there is no such cache for this model, or on this machine.
         """
-        is_nsa, has_indexer = self.config.attention_kind == "nsa", self.config.index_topk is not None
+        is_nsa, has_indexer = self.config.attention_kind == "nsa", self.config.has_indexer
         is_static = "offloaded" not in name and name != "quantized"
         if is_nsa or (has_indexer and not is_static):
             others = " or 'static', or pass `past_key_values=model.int8_cache()` to save memory" if has_indexer else ""
@@ -580,7 +580,7 @@ class DeepseekGenerationMixin(GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: GenerationConfig) -> bool:
         """As in transformers, and not with an indexer: which tokens it may choose depends on their number."""
-        return self.config.index_topk is None and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return not self.config.has_indexer and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)

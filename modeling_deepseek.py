@@ -219,7 +219,7 @@ class DeepseekMLA(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekRMSNorm(self.kv_lora_rank)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * expanded_width, bias=False)
-        self.indexer = LightningIndexer(config) if config.index_topk is not None else None
+        self.indexer = LightningIndexer(config) if config.has_indexer else None
         self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=bias)
 
     def forward(
@@ -646,6 +646,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj", "indexer.k_norm"]
 
     def __init__(self, config, *args, **kwargs):
+        config.validate()  # it may have been edited since it was made
         super().__init__(config, *args, **kwargs)
         self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
         if config.separate_experts:
@@ -884,7 +885,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             return NSACacheLayer(window=self.config.nsa_window_size, block=self.config.nsa_compress_block_size)
         if self.config.attention_kind == "gqa":
             return GrowingLayer()
-        return LatentLayer() if self.config.index_topk is None else IndexedLayer()
+        return IndexedLayer() if self.config.has_indexer else LatentLayer()
 
     def _indexer_learns(self) -> bool:
         indexer = self.layers[0].self_attn.indexer
@@ -911,7 +912,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if self.config.attention_kind == "nsa":
             has_cache = past_key_values is not None
             return find_documents(attention_mask, position_ids, int(past_length), has_cache), int(past_length) > 0
-        topk = self.config.index_topk
+        topk = getattr(self.config, "index_topk", None)
         if topk is not None and (int(past_length) + inputs_embeds.shape[1] > topk or self._indexer_learns()):
             has_cache = past_key_values is not None
             return find_visible_tokens(attention_mask, position_ids, int(past_length), has_cache), int(past_length) > 0
@@ -1063,7 +1064,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **kwargs):
         """Masks that `generate` prepares outside a compiled step, as `DeepseekModel._mask` wants them."""
         past_key_values = cache if past_key_values is None else past_key_values
-        if config.attention_kind == "nsa" or config.index_topk is not None:
+        if config.attention_kind == "nsa" or config.has_indexer:
             return attention_mask
         if config.attention_kind == "mla":
             if int(past_key_values.get_seq_length()) == 0:
@@ -1084,7 +1085,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
             ValueError: the attention is sparse (NSA, or MLA with an indexer), which needs more than keys and values.
         """
         config = self.config
-        if config.attention_kind == "nsa" or config.index_topk is not None:
+        if config.attention_kind == "nsa" or config.has_indexer:
             raise ValueError(
                 "transformers' paged cache has room for keys and values only, but sparse attention "
                 f"(`model_type` {config.checkpoint_model_type!r}) keeps more; use `generate`, or serve without "

@@ -23,7 +23,7 @@ def active_parameters(module: nn.Module, experts_per_token: int | None) -> int:
 
 def body_parameters(model: PreTrainedModel) -> int:
     """Active parameters of the decoder layers and the last norm: no embedding, no head, no multi-token prediction."""
-    per_token = model.config.num_experts_per_tok
+    per_token = getattr(model.config, "num_experts_per_tok", None)  # of a dense model none
     layers = model.model.layers[: model.config.num_hidden_layers]
     return active_parameters(layers, per_token) + active_parameters(model.model.norm, per_token)
 
@@ -67,7 +67,7 @@ def attention_flops(config, row_tokens: int) -> tuple[float, float]:
     if config.attention_kind == "nsa":
         keys = mean_keys(row_tokens) / config.nsa_compress_stride + mean_keys(config.nsa_window_size)
         return per_key * (keys + mean_keys(config.nsa_num_select_blocks * config.nsa_select_block_size)), 0.0
-    if config.index_topk is None:
+    if not config.has_indexer:
         return per_key * mean_keys(row_tokens), 0.0
     indexer = 2 * config.index_n_heads * config.index_head_dim * mean_keys(row_tokens)
     return per_key * mean_keys(row_tokens if config.index_warmup else config.index_topk), indexer

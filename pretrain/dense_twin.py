@@ -44,7 +44,7 @@ def write_dense_twin(source: Path, output: Path, keep_mtp: bool = True) -> tuple
     if output.exists():
         raise ValueError(f"{output} exists; remove it or name another folder")
     model = empty_model(source)
-    if model.config.n_routed_experts is None:
+    if getattr(model.config, "n_routed_experts", None) is None:
         raise ValueError(
             f"n_routed_experts is null in {source}/config.json: the model is dense already; name a mixture"
         )

@@ -116,7 +116,7 @@ def set_dsa_stage(model: PreTrainedModel, stage: str, row_tokens: int) -> None:
         ValueError: the model has no indexer, its loss is off, or the rows are too short to select from.
     """
     config = model.config
-    if config.index_topk is None:
+    if not config.has_indexer:
         raise ValueError(
             f"--dsa-stage {stage} needs a model with an indexer (index_topk is null); make one out of a V3 checkpoint with "
             "`python -m tools.add_indexer`"
@@ -407,7 +407,7 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, model: PreT
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "config": model.config.to_dict(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "active_parameters": active_parameters(model, model.config.num_experts_per_tok),
+        "active_parameters": active_parameters(model, getattr(model.config, "num_experts_per_tok", None)),
         "training_flops_per_token": training_flops_per_token(model, args.row_tokens),
         "peak_flops_per_device": peak,
         "processes": accelerator.num_processes,
@@ -487,7 +487,7 @@ def train_to_the_end(
             with accelerator.autocast():
                 bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
                 measured = {"bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)}
-                if bare_model.config.index_topk is not None:
+                if bare_model.config.has_indexer:
                     measured["index_recall"] = index_recall(
                         bare_model, held_out, data.bos_token_id, RECALL_WINDOWS, accelerator.device
                     )

@@ -185,7 +185,7 @@ def _mla_parts(config: DeepseekConfig) -> dict[str, Part]:
     part += matrix(heads * config.v_head_dim * hidden)
     if config.attention_bias:
         part += vector((rank or 0) + latent + config.qk_rope_head_dim + hidden)
-    if config.index_topk is None:
+    if not config.has_indexer:
         return {"attention": part}
     width, index_heads = config.index_head_dim, config.index_n_heads
     indexer = matrix(rank * index_heads * width + hidden * (width + index_heads)) + vector(2 * width)
@@ -251,7 +251,7 @@ def attention_macs(config: DeepseekConfig, keys: np.ndarray, decoding: bool) -> 
         return 2.0 * heads * config.head_dim * sum(_nsa_keys(config, keys))
     latents = heads * (2.0 * config.kv_lora_rank + config.qk_rope_head_dim)
     expanded = heads * (1.0 * config.qk_head_dim + config.v_head_dim)
-    if config.index_topk is None or keys.max() <= config.index_topk:  # the indexer has nothing to choose
+    if not config.has_indexer or keys.max() <= config.index_topk:  # the indexer has nothing to choose
         return (latents if decoding else expanded) * keys
     scored = np.where(keys > config.index_topk, keys, 0)
     index = config.index_n_heads * (config.index_head_dim + 1.0) * scored  # products, and their weighted sum
@@ -303,7 +303,7 @@ def cache_values(config: DeepseekConfig) -> dict[str, float]:
     layers = config.num_hidden_layers
     if config.attention_kind == "mla":
         values = {"latents": layers * config.kv_lora_rank, "rotated keys": layers * config.qk_rope_head_dim}
-        if config.index_topk is not None:
+        if config.has_indexer:
             values["indexer keys"] = layers * config.index_head_dim
         return values
     pair = layers * 2 * config.num_key_value_heads * config.head_dim
@@ -334,7 +334,7 @@ def cache_bytes_read(config: DeepseekConfig, context: int, bits: float = 16) -> 
     if config.attention_kind == "nsa":
         entries = sum(int(count[0]) for count in _nsa_keys(config, np.array([context])))
         values = layers * 2 * config.num_key_value_heads * config.head_dim * entries
-    elif config.index_topk is not None and context > config.index_topk:
+    elif config.has_indexer and context > config.index_topk:
         latent = config.kv_lora_rank + config.qk_rope_head_dim
         values = layers * (config.index_head_dim * context + latent * config.index_topk)
     else:
@@ -522,7 +522,7 @@ def make_plan(
     device, weight_bits = GPUS[gpu], weight_bits or default_weight_bits(config)
     plan = {
         "model_type": config.checkpoint_model_type,
-        "attention": config.attention_kind if config.index_topk is None else "mla with indexer",
+        "attention": "mla with indexer" if config.has_indexer else config.attention_kind,
         "gpu": {"name": gpu, **device._asdict()},
         "parameters": {
             "total": int(everything.total),

@@ -1,11 +1,13 @@
 """The published config.json files: they load unchanged and come out again with every field as it was."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from checks import ROOT
+from deepseek_repo import configuration_deepseek
 from deepseek_repo.configuration_deepseek import DeepseekConfig
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from hypothesis import given, settings, strategies as st
@@ -108,7 +110,7 @@ def test_meaning_of_the_dense_and_the_first_moe_file(tmp_path):
     assert moe.attention_kind == "gqa"
     assert moe.mlp_layer_types == ["dense"] + ["sparse"] * 27
     assert (moe.scoring_func, moe.topk_method, moe.routed_scaling_factor) == ("softmax", "greedy", 1.0)
-    assert not moe.rope_interleave
+    assert not hasattr(moe, "rope_interleave")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,3 +214,151 @@ def test_a_family_of_mixtures_without_experts_stays_dense(model_type, tmp_path):
     reloaded = DeepseekConfig.from_pretrained(tmp_path)
     assert reloaded.n_routed_experts is None
     assert set(reloaded.mlp_layer_types) == {"dense"}
+
+
+# Edited after it was made
+
+
+EDITS = {
+    "fewer layers": {"num_hidden_layers": 2},
+    "more layers": {"num_hidden_layers": 5},
+    "all sparse": {"first_k_dense_replace": 0},
+    "one dense": {"first_k_dense_replace": 1, "num_hidden_layers": 2},
+    "every second": {"moe_layer_freq": 2, "num_hidden_layers": 4},
+    "no experts": {"n_routed_experts": None},
+    "more heads": {"num_attention_heads": 8},
+    "wider rotation": {"qk_rope_head_dim": 12},
+    "no query latent": {"q_lora_rank": None},
+    "null group": {"n_group": None, "topk_group": None},
+    "an indexer": {"index_topk": 4},
+    "rope": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "theta": {"rope_theta": 500.0},
+}
+
+
+@pytest.mark.parametrize("edits", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("how", ["attributes", "from_pretrained"])
+def test_an_edited_config_is_obeyed_and_saved(edits, how, tmp_path):
+    expected = DeepseekConfig(**{**FAMILIES["v3"], **({"num_key_value_heads": None} | edits)})
+    config = make_config("v3")
+    if how == "attributes":
+        for name, value in edits.items():
+            setattr(config, name, value)
+    else:
+        config.save_pretrained(tmp_path / "whole")
+        config, unused = DeepseekConfig.from_pretrained(tmp_path / "whole", return_unused_kwargs=True, **edits)
+        assert not unused
+    model = DeepseekForCausalLM(config)
+    shapes = {name: weight.shape for name, weight in DeepseekForCausalLM(expected).state_dict().items()}
+    assert {name: weight.shape for name, weight in model.state_dict().items()} == shapes
+    model.save_pretrained(tmp_path / "edited")
+    again, info = DeepseekForCausalLM.from_pretrained(tmp_path / "edited", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert again.config.mlp_layer_types == expected.mlp_layer_types == config.mlp_layer_types
+    fields = expected.to_dict()
+    assert {name: value for name, value in again.config.to_dict().items() if name in fields} | {
+        "dtype": None,
+        "architectures": None,
+        "_name_or_path": "",
+    } == fields | {"dtype": None, "architectures": None, "_name_or_path": ""}
+
+
+def test_v3_cut_down_as_test_models_are(tmp_path):
+    config = load(FILES["deepseek_v3"], tmp_path)
+    for name in ("quantization_config", "auto_map"):
+        if hasattr(config, name):
+            delattr(config, name)
+    config.update({name: FAMILIES["v3"][name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")})
+    config.update({"vocab_size": 64, "intermediate_size": 16, "moe_intermediate_size": 8, "n_routed_experts": 16})
+    config.update({"kv_lora_rank": 16, "q_lora_rank": 8, "first_k_dense_replace": 1})
+    config.num_nextn_predict_layers = 0
+    assert (config.mlp_layer_types, config.num_key_value_heads) == (["dense", "sparse", "sparse"], 4)
+    DeepseekForCausalLM(config).save_pretrained(tmp_path / "cut")
+    assert NATIVE["deepseek_v3"].from_pretrained(tmp_path / "cut").num_key_value_heads == 4
+    assert DeepseekConfig.from_pretrained(tmp_path / "cut").mlp_layer_types == config.mlp_layer_types
+
+
+def test_layers_that_were_given_stay(tmp_path):
+    config = make_config("v3", mlp_layer_types=["sparse", "dense", "sparse"])
+    config.first_k_dense_replace = 3
+    config.save_pretrained(tmp_path)
+    assert DeepseekConfig.from_pretrained(tmp_path).mlp_layer_types == ["sparse", "dense", "sparse"]
+    config.mlp_layer_types = None
+    assert config.mlp_layer_types == ["dense"] * 3
+
+
+def test_layer_types_of_a_file_do_not_outlive_an_edit(tmp_path):
+    config = make_config("v3", layer_types=["full_attention"] * 3)
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path)
+    assert DeepseekConfig.from_pretrained(tmp_path).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"num_hidden_layers": -1}, "`num_hidden_layers` is -1"),
+        ({"num_hidden_layers": "2"}, "`num_hidden_layers` is '2'"),
+        ({"n_group": 3}, "`n_group` is 3, which does not divide"),
+        ({"qk_rope_head_dim": 7}, "`qk_rope_head_dim` is 7"),
+        ({"mlp_layer_types": ["dense"]}, "for 3 layers"),
+        ({"layer_types": ["full_attention"]}, "`layer_types` has 1 entries for 3 layers"),
+        ({"hidden_act": "x"}, "`hidden_act` is 'x'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling.factor"),
+        ({"attention_dropout": 2}, "`attention_dropout` is 2"),
+    ],
+    ids=str,
+)
+def test_an_impossible_edit_is_refused(edit, words, tmp_path):
+    config = make_config("v3")
+    config.save_pretrained(tmp_path / "whole")
+    for name, value in edit.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=words):
+        DeepseekForCausalLM(config)
+    with pytest.raises(ValueError, match=words):
+        config.save_pretrained(tmp_path / "edited")
+    assert not (tmp_path / "edited").exists()
+    if "layer_types" not in edit:  # no field of ours
+        with pytest.raises(ValueError, match=words):
+            DeepseekConfig.from_pretrained(tmp_path / "whole", **edit)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_and_comparison(family):
+    config = make_config(family)
+    other = copy.deepcopy(config)
+    assert other == config
+    other.hidden_size += 2
+    assert other != config
+    assert DeepseekConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+# Fields of other families
+
+
+def test_a_config_has_the_fields_of_its_family_only(path, tmp_path):
+    published = json.loads(path.read_text())
+    native = NATIVE.get(published["model_type"])
+    has = published.keys() | (native.from_dict(published).to_dict().keys() if native else set())
+    names = [*configuration_deepseek._MLA_FIELDS, *configuration_deepseek._MOE_FIELDS]
+    names += [*configuration_deepseek._INDEXER_FIELDS, *configuration_deepseek._NSA_SIZES]
+    # what a published file leaves out and its own code has by default
+    defaulted = {"rope_interleave", "topk_method", "scoring_func", "moe_layer_freq", "aux_loss_alpha"}
+    defaulted |= {"n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"}
+    config = load(path, tmp_path)
+    for name in names:
+        if name not in defaulted:
+            assert hasattr(config, name) == (name in has), name
+        elif published["model_type"] == "llama":
+            assert not hasattr(config, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_engines_ask_for(family):
+    config = make_config(family)
+    assert hasattr(config, "index_topk") == hasattr(config, "index_warmup") == (family == "v32") == config.has_indexer
+    assert hasattr(config, "kv_lora_rank") == hasattr(config, "q_lora_rank") == (config.attention_kind == "mla")
+    assert hasattr(config, "n_routed_experts") == hasattr(config, "num_experts_per_tok") == (family != "llama")
+    assert hasattr(config, "nsa_window_size") == (family == "nsa")

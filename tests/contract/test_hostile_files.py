@@ -91,7 +91,7 @@ def test_a_config_that_is_taken_makes_a_model_that_works(family, field, value):
     except ValueError:
         return  # named, as the test above says
     assume(config.num_hidden_layers + config.num_nextn_predict_layers < 20)
-    assume((config.n_routed_experts or 0) <= 512)
+    assume((getattr(config, "n_routed_experts", None) or 0) <= 512)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in DeepseekForCausalLM(config).parameters())
     assert size > 0
