@@ -143,6 +143,8 @@ _LAYER_TYPES = ("full_attention", "indexed_attention")  # transformers' names of
 _MOST_COUNT = 2**24  # of anything; products of such still have a size
 _MOST_LAYERS = 10_000  # more is damage, and would fill the memory with empty layers
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE_TYPES_OF_A_LENGTH = ("yarn", "longrope", "llama3")  # these have an original_max_position_embeddings
+_ROPE_THETA = 10000.0
 _ROPE_NUMBERS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _ROPE_NUMBERS += ("attention_factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")
 
@@ -694,8 +696,11 @@ class DeepseekConfig(PreTrainedConfig):
         if self.attention_kind == "mla":
             output.pop("head_dim")  # an alias of qk_rope_head_dim here
         rope = dict(output.pop("rope_parameters"))
-        output["rope_theta"] = rope.pop("rope_theta")
-        rope_type = rope.pop("rope_type")
+        rope_type, rope_theta = rope.pop("rope_type"), rope.pop("rope_theta")
+        # `Trainer` resumes by a plain PreTrainedConfig, which fails on files with both `rope_theta` and a scaling that has
+        # an original length. The theta of all published models is what every reader takes where there is none.
+        if rope_theta != _ROPE_THETA or rope_type not in _ROPE_TYPES_OF_A_LENGTH:
+            output["rope_theta"] = rope_theta
         output["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
         return output
 
@@ -725,7 +730,7 @@ def _resolve_rope(parameters: dict | None, scaling: dict | None, theta: float | 
     rope = dict(parameters or scaling or {})
     old_name = rope.pop("type", None)
     rope.setdefault("rope_type", old_name or "default")
-    rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
+    rope.setdefault("rope_theta", _ROPE_THETA if theta is None else theta)
     if rope["rope_type"] == "yarn":
         rope.setdefault("original_max_position_embeddings", max_positions)
     return rope

@@ -12,7 +12,7 @@ from deepseek_repo.configuration_deepseek import DeepseekConfig
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from hypothesis import given, settings, strategies as st
 from tiny import FAMILIES, make_config, make_model
-from transformers import AutoConfig, DeepseekV2Config, DeepseekV3Config, LlamaConfig
+from transformers import AutoConfig, DeepseekV2Config, DeepseekV3Config, LlamaConfig, Trainer, TrainingArguments
 
 FILES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.json"))}
 NATIVE = {"llama": LlamaConfig, "deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
@@ -46,8 +46,8 @@ def test_every_field_survives(path, tmp_path):
     load(path, tmp_path).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     for key, value in published.items():
-        if key == "transformers_version":
-            continue
+        if key == "transformers_version" or (key == "rope_theta" and published["rope_scaling"] and value == 10000):
+            continue  # the theta that every reader takes by itself, see test_trainer_resumes
         assert key in saved, f"{key} is lost"
         assert saved[key] == value, f"{key} was {value!r}, is {saved[key]!r}"
 
@@ -362,3 +362,28 @@ def test_what_engines_ask_for(family):
     assert hasattr(config, "kv_lora_rank") == hasattr(config, "q_lora_rank") == (config.attention_kind == "mla")
     assert hasattr(config, "n_routed_experts") == hasattr(config, "num_experts_per_tok") == (family != "llama")
     assert hasattr(config, "nsa_window_size") == (family == "nsa")
+
+
+# Readers of what is saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainer_resumes(family, tmp_path):
+    """It reads the checkpoint's config.json as a plain PreTrainedConfig."""
+    model, row = make_model(family), {"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}
+    settings = {"output_dir": str(tmp_path), "save_steps": 1, "per_device_train_batch_size": 1, "report_to": []}
+    for steps, resume in ((1, None), (2, True)):
+        arguments = TrainingArguments(**settings, max_steps=steps, use_cpu=True, disable_tqdm=True)
+        trainer = Trainer(model=model, args=arguments, train_dataset=[row] * 4)
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("theta", [10000.0, 5000.0])
+@pytest.mark.parametrize("scaling", [None, FAMILIES["v3"]["rope_scaling"], {"type": "linear", "factor": 2.0}])
+def test_all_readers_find_the_same_rope(scaling, theta, tmp_path):
+    config = make_config("v3", rope_scaling=scaling, rope_theta=theta)
+    config.save_pretrained(tmp_path)
+    for reader in (DeepseekConfig, DeepseekV3Config):
+        rope = reader.from_pretrained(tmp_path).rope_parameters
+        assert {name: rope[name] for name in config.rope_parameters} == config.rope_parameters
