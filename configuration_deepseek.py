@@ -558,7 +558,7 @@ class DeepseekConfig(PreTrainedConfig):
             raise ValueError("`mlp_layer_types` has 'sparse' layers but `n_routed_experts` is null; set it.")
         if getattr(self, "n_routed_experts", None) is not None:
             self._validate_router()
-        _validate_rope(self.rope_parameters)
+        _validate_rope(self.rope_parameters, self.head_dim)
 
     def _validate_indexer(self):
         for name in _V32_INDEXER:
@@ -731,20 +731,49 @@ def _resolve_rope(parameters: dict | None, scaling: dict | None, theta: float | 
     old_name = rope.pop("type", None)
     rope.setdefault("rope_type", old_name or "default")
     rope.setdefault("rope_theta", _ROPE_THETA if theta is None else theta)
-    if rope["rope_type"] == "yarn":
+    if rope["rope_type"] in _ROPE_TYPES_OF_A_LENGTH:
         rope.setdefault("original_max_position_embeddings", max_positions)
     return rope
 
 
-def _validate_rope(rope: dict):
-    _check_choice("rope_scaling.type", rope["rope_type"], _ROPE_TYPES)
+def _validate_rope(rope: dict, width: int):
+    """Checks RoPE's parameters for heads of which `width` numbers are rotated."""
+    kind = rope["rope_type"]
+    _check_choice("rope_scaling.type", kind, _ROPE_TYPES)
     _check_number("rope_theta", rope["rope_theta"], minimum=2)
-    if rope["rope_type"] in ("yarn", "linear", "dynamic"):
+    if kind in ("yarn", "linear", "dynamic", "llama3"):
         # the ratio of the extended to the original context
-        _check_number(f"rope_scaling.factor (of type {rope['rope_type']!r})", rope.get("factor"), minimum=1)
+        _check_number(f"rope_scaling.factor (of type {kind!r})", rope.get("factor"), minimum=1)
     for name in _ROPE_NUMBERS:
         if rope.get(name) is not None:
             _check_number(f"rope_scaling.{name}", rope[name])
+    if kind in _ROPE_TYPES_OF_A_LENGTH:
+        name = "original_max_position_embeddings"
+        _check_number(f"rope_scaling.{name} (of type {kind!r})", rope.get(name), minimum=1)
+    if kind == "llama3":
+        low, high = (rope.get(f"{name}_freq_factor") for name in ("low", "high"))
+        _check_number("rope_scaling.low_freq_factor (of type 'llama3')", low, minimum=1e-6)
+        _check_number("rope_scaling.high_freq_factor (of type 'llama3')", high, minimum=1e-6)
+        if low >= high:
+            raise ValueError(
+                f"`rope_scaling.low_freq_factor` is {low}, not less than `rope_scaling.high_freq_factor` ({high}); choose "
+                "a smaller one, such as 1 and 4."
+            )
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            factors = rope.get(name)
+            if not isinstance(factors, list) or len(factors) != width // 2:
+                raise ValueError(
+                    f"`rope_scaling.{name}` is {factors!r}; type 'longrope' needs a list of {width // 2} numbers, one for "
+                    "each rotated pair. Add it, or choose another type."
+                )
+            for factor in factors:
+                _check_number(f"rope_scaling.{name}", factor, minimum=1e-6)
+    if kind == "dynamic" and width < 4:
+        raise ValueError(
+            f"`rope_scaling.type` is 'dynamic', but only {width} numbers of a head are rotated; choose a wider head (4 "
+            "or more), or another type."
+        )
 
 
 def _validate_common(fields: dict, num_layers: int):

@@ -13,6 +13,8 @@ from hypothesis import given, settings, strategies as st
 from tiny import FAMILIES, make_config, make_model, make_tokens
 
 YARN = FAMILIES["v3"]["rope_scaling"]
+LLAMA3 = {"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 # family, fields, and what the message must hold: the field, the value, the allowed or the remedy
 WRONG = [
     ("v3", {"hidden_size": 0}, ["hidden_size", "0", "at least 1"]),
@@ -57,6 +59,18 @@ WRONG = [
     ("v3", {"rope_scaling": {**YARN, "factor": 0.5}}, ["factor", "0.5", "must be a number", "1"]),
     ("v3", {"rope_scaling": {**YARN, "factor": None}}, ["factor", "None"]),
     ("v3", {"rope_scaling": {"type": "yarn"}}, ["factor", "None"]),
+    (
+        "v3",
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": 0}},
+        ["original_max_position", "0", "from 1"],
+    ),
+    ("v3", {"rope_scaling": {"type": "llama3"}}, ["rope_scaling.factor", "None", "number"]),
+    ("v3", {"rope_scaling": {"type": "llama3", "factor": 8}}, ["rope_scaling.low_freq_factor", "None", "llama3"]),
+    ("v3", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, ["low_freq_factor", "1", "high_freq_factor"]),
+    ("v3", {"rope_scaling": {"type": "longrope"}}, ["rope_scaling.short_factor", "None", "list of 4 numbers"]),
+    ("v3", {"rope_scaling": LONG | {"long_factor": [1.0]}}, ["rope_scaling.long_factor", "[1.0]", "list of 4"]),
+    ("v3", {"rope_scaling": LONG | {"long_factor": [1, 1, 1, 0]}}, ["rope_scaling.long_factor", "0"]),
+    ("v3", {"rope_scaling": {"type": "dynamic", "factor": 2}, "qk_rope_head_dim": 2}, ["'dynamic'", "2", "4 or more"]),
     ("v3", {"rope_theta": 0}, ["rope_theta", "0", "must be a number"]),
     ("v3", {"rope_theta": "10000"}, ["rope_theta", "'10000'"]),
     ("v3", {"hidden_act": "gelu_typo"}, ["hidden_act", "'gelu_typo'"]),
@@ -74,6 +88,13 @@ def test_wrong_fields(family, fields, words):
         make_config(family, **fields)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rope", [LLAMA3, LONG, {"type": "dynamic", "factor": 2}, {"type": "linear", "factor": 2}], ids=str
+)
+def test_other_ropes_work(rope):
+    assert make_model("v3", rope_scaling=rope)(make_tokens(1, 4)).logits.isfinite().all()
 
 
 @settings(max_examples=200, deadline=None)
