@@ -176,7 +176,7 @@ class DeepseekSFTTrainer(DeepseekTrainerMixin, SFTTrainer):
         per_batch = [
             weight * part
             for weight, part in (
-                (config.aux_loss_alpha, outputs.aux_loss),
+                (getattr(config, "aux_loss_alpha", 0.0), outputs.aux_loss),
                 (getattr(config, "index_loss_weight", 0.0), outputs.index_loss),
             )
             if part is not None
