@@ -27,8 +27,6 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers.decoders import DecodeStream
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,14 +34,14 @@ from transformers import (
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
+from common.loading import load
 from tokenization.safe_chat import encode_chat
 
 with suppress(ImportError):  # not on Windows, whose terminal does it itself
     import readline  # noqa: F401  gives `input` history, editing, pasted lines as one text, and lines above 4,096 bytes
 
-HERE = Path(__file__).resolve().parent
 PREFILL_TOKENS = 512  # read at a time, so that a long text needs bounded memory and Ctrl-C is heard
 # Control characters, which could move the cursor or change the terminal, become their pictures.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -499,42 +497,6 @@ def _number(name: str, text: str, kind: type) -> int | float:
 
 
 # ---------------------------------------------------------------- command line
-
-
-def load(
-    model: str | None, adapter: str | None, trust_remote_code: bool, dtype: str = "auto", device: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, and put a PEFT adapter on it if there is one.
-
-    Args:
-        model: folder or Hub name; None means the adapter's base model, or else this repository.
-        adapter: folder or Hub name of a PEFT adapter.
-        trust_remote_code: whether code of the checkpoint may run. This repository's own code always may.
-        dtype, device: as `dtype` and `device_map` in `from_pretrained`.
-
-    Raises:
-        ValueError, OSError: something is missing, damaged or does not fit; weights are read from safetensors only.
-    """
-    if adapter is not None:
-        from peft import PeftConfig, PeftModel
-
-        try:
-            model = model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{adapter} has no adapter_config.json of an adapter: {error}") from error
-    model = model or str(HERE)
-    trust = trust_remote_code or Path(model).resolve() == HERE
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, trust_remote_code=trust, dtype=dtype, device_map=device, use_safetensors=True
-    )
-    if adapter is not None:
-        cached_file(adapter, "adapter_model.safetensors")  # an OSError if there is none: PEFT would read a pickle then
-        try:
-            loaded = PeftModel.from_pretrained(loaded, adapter)
-        except Exception as error:  # PEFT's are of many types
-            raise ValueError(f"{adapter} is damaged, or no adapter for {model}: {error}") from error
-    return loaded, tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState, Modality
 from transformers.utils import logging
 
-from chat import load
+from common.loading import load
 from tokenization.safe_chat import encode_chat
 
 MAX_BODY_BYTES = 8 * 2**20

@@ -55,6 +55,9 @@ class CommonOptions:
     )
     output: str = option(MISSING, "folder for checkpoints, logs, the report and the result in final/", "run")
 
+    trust_remote_code: bool = option(
+        False, "let code that comes with the model run, instead of this repository's", "model"
+    )
     dtype: str = option(
         "auto",
         "precision of the weights; auto is the checkpoint's, or float32 where bfloat16 would be emulated",

@@ -46,7 +46,6 @@ def run(options: DPOOptions, callbacks: tuple[TrainerCallback, ...] = ()):
             "beta": options.beta,
             "loss_type": [options.dpo_loss],
             "max_length": options.max_tokens,
-            "trust_remote_code": True,
         },
         dataset=dataset,
     )

@@ -139,6 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--answer-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("--batch-size", type=int, default=64, help="questions at once (default 64)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default auto")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let code that comes with the model run, instead of this repository's",
+    )
     return parser
 
 
@@ -149,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         examples = read_examples(args.data)
-        model, tokenizer = load_model(args.model, args.dtype)
+        model, tokenizer = load_model(args.model, args.dtype, trust_remote_code=args.trust_remote_code)
         if args.adapter is not None:
             model = load_result(model, args.adapter)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -42,7 +42,6 @@ def run(options: GRPOOptions, callbacks: tuple[TrainerCallback, ...] = ()):
             "temperature": options.temperature,
             "beta": options.kl_weight,
             "reward_weights": options.reward_weights or None,
-            "trust_remote_code": True,
             "chat_template_kwargs": {"thinking": "format" in options.rewards},
         },
         dataset=dataset,

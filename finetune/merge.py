@@ -19,8 +19,8 @@ from huggingface_hub import snapshot_download
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.loading import load_config, new_model
 from finetune.experts import ESFT_CONFIG, ESFT_WEIGHTS, read_esft
 from finetune.lora import AdapterFiles, check_fits
 from loading_deepseek import CheckpointFiles, dequantised_state_dict
@@ -38,9 +38,9 @@ class LoraMerge:
 
     def __init__(self, source: Path, folder: Path):
         files = AdapterFiles(folder)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+        config = load_config(source)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+            model = new_model(config)
         empty = check_fits(model, files)
         self._file = safe_open(files.path, framework="pt")
         # Weight or stacked parameter -> where its factors are, their scale and their rank.

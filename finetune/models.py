@@ -1,4 +1,4 @@
-"""Loading models for fine-tuning by the Auto classes, and putting a method on them: LoRA, QLoRA, ESFT or full."""
+"""Loading models for fine-tuning, and putting a method on them: LoRA, QLoRA, ESFT or full."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common import loading
 from finetune.config import CommonOptions
 from finetune.experts import ESFT_WEIGHTS, Routing, choose_experts, describe_choice, load_esft, train_only_experts
 from finetune.lora import load_adapter, lora_config, whole_size
@@ -20,6 +21,7 @@ def load_model(
     attention: str | None = None,
     balance_loss: float = 0.0,
     mtp_loss: float = 0.0,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer for fine-tuning.
 
@@ -30,6 +32,7 @@ def load_model(
             routed experts are no Linear layers, and neither library quantises them.
         attention: attention implementation; None is transformers' choice.
         balance_loss, mtp_loss: weights of the model's own losses; 0 leaves them out.
+        trust_remote_code: whether code of the checkpoint may run, instead of this repository's.
 
     Raises:
         ValueError: the tokenizer has ids that the model's vocabulary lacks, or this machine cannot quantise so.
@@ -37,13 +40,10 @@ def load_model(
     """
     if Path(model_dir).is_dir():
         model_dir = str(Path(model_dir).resolve())  # adapters note where their base is
-    try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
-    except (OSError, ValueError) as error:  # a name that no repository can have is a ValueError
-        raise OSError(f"model {model_dir!r} cannot be loaded: {error}") from error
+    config = loading.load_config(model_dir, trust_remote_code)
     config.mtp_loss_weight = mtp_loss
     config.aux_loss_alpha = balance_loss
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
+    tokenizer = loading.load_tokenizer(model_dir, trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {model_dir} has {len(tokenizer)} tokens, but `vocab_size` is {config.vocab_size}; use the "
@@ -53,7 +53,7 @@ def load_model(
     if quantise != "none":
         more["quantization_config"] = quantisation_config(quantise)
         config.separate_experts = False  # LoRA's targets, ESFT and merging are for stacked ones
-    model = AutoModelForCausalLM.from_pretrained(model_dir, config=config, trust_remote_code=True, dtype=dtype, **more)
+    model = loading.load_model(model_dir, trust_remote_code, config, dtype=dtype, **more)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50: the first evaluation on a CPU would pack the weights for a product that has no gradient

@@ -102,7 +102,13 @@ def fine_tune(
 
     set_seed(options.seed)
     model, tokenizer = load_model(
-        options.model, options.dtype, options.quantise, options.attention, task.balance_loss, task.mtp_loss
+        options.model,
+        options.dtype,
+        options.quantise,
+        options.attention,
+        task.balance_loss,
+        task.mtp_loss,
+        options.trust_remote_code,
     )
     train_data, eval_data = task.dataset(examples, tokenizer), task.dataset(held_out, tokenizer)
 

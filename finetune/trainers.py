@@ -6,6 +6,7 @@ accumulation, distribution through accelerate.
 """
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -199,9 +200,34 @@ class DeepseekSFTTrainer(DeepseekTrainerMixin, SFTTrainer):
 class DeepseekDPOTrainer(DeepseekTrainerMixin, DPOTrainer):
     """Preference optimisation."""
 
+    def __init__(self, model, args, **kwargs):
+        with _reference_of_class(type(model), args):
+            super().__init__(model, args=args, **kwargs)
+
 
 class DeepseekGRPOTrainer(DeepseekTrainerMixin, GRPOTrainer):
     """Policy optimisation with rewards."""
+
+    def __init__(self, model, args, **kwargs):
+        with _reference_of_class(type(model), args):
+            super().__init__(model, args=args, **kwargs)
+
+
+@contextlib.contextmanager
+def _reference_of_class(cls: type, args):
+    """While a trainer is made, a reference model that it loads is of the policy's class; TRL would take the one that the
+    checkpoint's config.json names."""
+    args.model_init_kwargs = {"architecture": cls}
+    loggers = [logging.getLogger(trainer.__module__) for trainer in (DPOTrainer, GRPOTrainer)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)  # it warns that these keywords are for no policy
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = None
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

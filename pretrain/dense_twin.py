@@ -15,16 +15,17 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from common.loading import load_config, new_model
 from pretrain.cost import body_parameters
+from tools.add_remote_code import AUTO_MAP, code_files
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder's config.json, without memory for its weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        return new_model(load_config(folder))
 
 
 def write_dense_twin(source: Path, output: Path, keep_mtp: bool = True) -> tuple[int, int]:
@@ -49,6 +50,7 @@ def write_dense_twin(source: Path, output: Path, keep_mtp: bool = True) -> tuple
             f"n_routed_experts is null in {source}/config.json: the model is dense already; name a mixture"
         )
     twin_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    twin_config["auto_map"] = AUTO_MAP
     twin_config |= {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None}
     twin_config.pop("mlp_layer_types", None)
     if not keep_mtp:
@@ -56,7 +58,7 @@ def write_dense_twin(source: Path, output: Path, keep_mtp: bool = True) -> tuple
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in source.glob("*_deepseek.py"):
+    for file in code_files():
         shutil.copy(file, partial)
     wanted = body_parameters(model)
     columns = 3 * model.config.hidden_size * model.config.num_hidden_layers  # of gate, up and down, in all layers

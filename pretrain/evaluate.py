@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from common.loading import load_model, load_tokenizer
 from pretrain.data import IGNORED_LABEL, INDEX_NAME, HeldOut, batch_of, load_held_out
 
 
@@ -224,13 +225,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_same_tokenizer(args.model, args.data)
         held_out = load_held_out(args.data, args.context_tokens, args.max_tokens)
-        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
+        model = load_model(args.model)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    tokenizer = load_tokenizer(args.model)
     result = evaluate_model(model, held_out, tokenizer.bos_token_id, args.batch_rows, device)
     for language, bits in result.items():
         text = held_out[language]

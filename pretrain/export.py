@@ -3,13 +3,17 @@
 Used by `pretrain.train --export-dir`. The folder's own `config.json` and Python files are kept if it has them.
 """
 
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
+
+from common.loading import load_config, load_model, new_model
+from tools.add_remote_code import AUTO_MAP, code_files, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -21,23 +25,29 @@ def export_checkpoint(
 
     Args:
         state_dict: all weights of the trained model, any dtype; the model itself may hold only shards of them.
-        model_dir: the folder it was built from, with config.json and the model's code.
+        model_dir: the folder it was built from, with config.json.
         tokenizer_dir: folder of the tokenizer.
         export_dir: target; may be `model_dir`. An existing `config.json` and code stay.
 
     Raises:
         ValueError: the written checkpoint does not fit the model: names the missing and unexpected keys.
     """
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    model = new_model(load_config(model_dir), dtype=torch.float32)
     model.load_state_dict(state_dict)
     export_dir.mkdir(parents=True, exist_ok=True)
-    _copy_missing([model_dir / "config.json", *sorted(model_dir.glob("*_deepseek.py"))], export_dir)
+    if not (export_dir / "config.json").exists():
+        shutil.copy(model_dir / "config.json", export_dir)
+        config = json.loads((export_dir / "config.json").read_text(encoding="utf-8"))
+        if config.get("auto_map") != AUTO_MAP:
+            write_json(export_dir / "config.json", config | {"auto_map": AUTO_MAP})
+    for file in code_files():
+        if not (export_dir / file.name).exists():
+            shutil.copy(file, export_dir)
     with tempfile.TemporaryDirectory(dir=export_dir, prefix=".export-") as temporary:
         full, small = Path(temporary, "full"), Path(temporary, "small")
         model.save_pretrained(full)
         # Loading, not `.to(bfloat16)`: it keeps in fp32 what the model declares so (the router's selection bias).
-        rounded = AutoModelForCausalLM.from_pretrained(full, trust_remote_code=True, dtype=torch.bfloat16)
+        rounded = load_model(full, dtype=torch.bfloat16)
         rounded.generation_config = generation_defaults(tokenizer_dir)
         rounded.save_pretrained(small)
         for name in ("model.safetensors", "generation_config.json"):
@@ -64,15 +74,9 @@ def generation_defaults(tokenizer_dir: Path) -> GenerationConfig:
 
 def check_loads(folder: Path) -> None:
     """Raise ValueError unless the checkpoint has exactly the keys and shapes its model wants."""
-    _, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    _, report = load_model(folder, output_loading_info=True)
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if problems:
         raise ValueError(
             f"{folder}/model.safetensors does not fit its model: {problems}; was the code changed meanwhile?"
         )
-
-
-def _copy_missing(files: list[Path], folder: Path) -> None:
-    for file in files:
-        if not (folder / file.name).exists():
-            shutil.copy(file, folder)

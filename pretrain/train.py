@@ -33,8 +33,9 @@ from accelerate.utils import DistributedType, broadcast, set_seed
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from common.loading import load_config, load_model, new_model
 from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
 from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
 from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
@@ -93,7 +94,7 @@ def build_model(model_dir: Path, vocab_size: int, start: str = "random") -> PreT
     Raises:
         ValueError: the configuration's vocabulary is smaller than the data's.
     """
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=True)
+    config = load_config(model_dir)
     if config.vocab_size < vocab_size:
         raise ValueError(
             f"vocab_size is {config.vocab_size} in {model_dir}/config.json, but the data holds ids up to "
@@ -101,8 +102,8 @@ def build_model(model_dir: Path, vocab_size: int, start: str = "random") -> PreT
         )
     # fp32 master weights whatever dtype the configuration stores: AdamW's small updates vanish in bf16.
     if start == "weights":
-        return AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, dtype=torch.float32)
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+        return load_model(model_dir, dtype=torch.float32)
+    return new_model(config, dtype=torch.float32)
 
 
 def set_dsa_stage(model: PreTrainedModel, stage: str, row_tokens: int) -> None:
@@ -574,7 +575,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
     files = parser.add_argument_group("files")
-    files.add_argument("--model", type=Path, required=True, help="folder with config.json and the model's code")
+    files.add_argument("--model", type=Path, required=True, help="folder with config.json")
     files.add_argument(
         "--start",
         choices=STARTS,

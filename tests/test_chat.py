@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import chat as program
 from chat import Chat, Settings, Terminal
+from common.loading import model_class
 from finetune.lora import add_lora
 from tokenization.safe_chat import encode_chat
 
@@ -315,11 +316,12 @@ def test_code_runs_only_with_permission(checkpoint, capsys):
     model, tokenizer = program.load(str(folder), None, trust_remote_code=True)
     assert type(model).__name__ == "DeepseekForCausalLM"
     assert say(Chat(model, tokenizer, GREEDY), "Hi")
-    # Without permission the checkpoint still loads, by the class that transformers itself has for this model_type.
+    # Without permission the checkpoint still loads, in this repository's code.
     marker = folder / "ran"
     for file in folder.glob("*_deepseek.py"):
         file.write_text(f"open({str(marker)!r}, 'w').close()\n" + file.read_text())
-    program.load(str(folder), None, trust_remote_code=False)
+    model, _ = program.load(str(folder), None, trust_remote_code=False)
+    assert type(model) is model_class()
     assert not marker.exists()
 
 

@@ -38,6 +38,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from common.loading import load
+
 
 class Source(NamedTuple):
     """A task: the harness's definition, the files it needs, and the names that a model card gives it."""
@@ -358,6 +360,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer (default 512)")
     parser.add_argument("--batch-size", default="8", help="rows at once, or auto (default 8)")
     parser.add_argument("--device", help="as cuda:0 (default: what there is)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let code that comes with the model run, instead of this repository's",
+    )
     parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     parser.add_argument(
@@ -421,14 +428,9 @@ def run(args: argparse.Namespace) -> dict:
         name, _, file = item.partition("=")
         tasks.append(build_text_task(name, Path(file).read_text(encoding="utf-8")))
     start = time.perf_counter()
-    model = Model(
-        pretrained=args.model,
-        peft=args.adapter,
-        trust_remote_code=True,
-        dtype="auto",
-        batch_size=args.batch_size,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, tokenizer = load(args.model, args.adapter, args.trust_remote_code, device=device)
+    model = Model(pretrained=loaded, tokenizer=tokenizer, batch_size=args.batch_size)
     found = lm_eval.simple_evaluate(
         model,
         tasks=tasks,

@@ -46,7 +46,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from benchmarks.common import describe_machine
-from chat import load
+from common.loading import load
 
 TASKS = ("passkey", "multikey", "tracking")
 NUM_KEYS, NUM_STEPS, NUM_CANDIDATES = 8, 3, 10

@@ -41,6 +41,8 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from common.loading import foreign_code
+
 PASSED, WARNING, FAILED = "passed", "warning", "FAILED"
 MAX_FILE_BYTES = 50 * 10**9  # the Hub's documentation: 50 GB a file at most, 20 GB recommended
 NEVER_SENT = (".git", ".cache")  # folders that the Hub's client refuses
@@ -485,11 +487,18 @@ def check_adapter_config(root: Path) -> Check:
 # ---------------------------------------------------------------- checks of the loaded model
 
 
-def check_loading(root: Path, base_folder: Path | None, generate: bool) -> list[Check]:
-    """Runs `tools/try_loading.py` in a clean process and turns what it found into checks."""
+def check_loading(root: Path, base_folder: Path | None, generate: bool, trust_remote_code: bool) -> list[Check]:
+    """Runs `tools/try_loading.py` in a clean process and turns what it found into checks.
+
+    A stranger runs the folder's code. Here it runs unasked only where it is this repository's.
+    """
     is_adapter = (root / "adapter_config.json").is_file()
     if is_adapter and base_folder is None:
         return [Check("loads", WARNING, "not tried: --base-folder names the base model that it belongs to")]
+    foreign = foreign_code(base_folder if is_adapter else root)
+    if foreign and not trust_remote_code:
+        remedy = "python tools/add_remote_code.py FOLDER puts it in place, --trust-remote-code lets the other code run"
+        return [Check("loads", FAILED, f"not tried: {_some(foreign)} is not this repository's code; {remedy}")]
     command = [sys.executable, str(Path(__file__).with_name("try_loading.py")), str(root)]
     command += ["--base", str(base_folder.resolve())] if is_adapter else []
     command += [] if generate else ["--no-generate"]
@@ -701,6 +710,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--delete-others", action="store_true", help="delete what the repository has and the folder has not"
     )
     parser.add_argument("--no-generate", action="store_true", help="do not load weights (larger than this machine)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="try the folder even if code in it is not this repository's, which then runs",
+    )
     parser.add_argument("--base-folder", type=Path, help="of an adapter: local folder of the base model, to try it on")
 
     card = parser.add_argument_group("card", "written into README.md; what is not given stays as it is")
@@ -725,7 +739,7 @@ def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
     changed = changed_files(args.folder, args)
     with laid_out(args.folder, paths, changed) as root:
         checks = check_folder(root)
-        checks += check_loading(root, args.base_folder, not args.no_generate)
+        checks += check_loading(root, args.base_folder, not args.no_generate, args.trust_remote_code)
         show_checks(console, checks)
         entries = manifest(root)
         show_files(console, entries)
