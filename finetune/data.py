@@ -1,7 +1,8 @@
 """A user's data: formats that are told apart, checked with file and line, and rendered into tokens with a loss mask.
 
     messages            {"messages": [{"role", "content", ...}, ...], "tools": [...]}; OpenAI's form. An assistant's message
-                        may have "reasoning" (or "reasoning_content") and "tool_calls"
+                        may have "reasoning" (or "reasoning_content") and "tool_calls". In all formats an answer of the
+                        form <think>...</think>... is read as reasoning and content
     alpaca              {"instruction", "input" (may be absent), "output", "system" (may be absent)}
     sharegpt            {"conversations": [{"from": "human" | "gpt" | "system" | "tool", "value"}, ...], "system", "tools"}
     prompt-completion   {"prompt", "completion"}: plain text without chat template, or two lists of messages
@@ -36,6 +37,7 @@ _SHAREGPT_ROLES = {
     **{"system": "system", "tool": "tool", "observation": "tool"},
 }
 _ERRORS_SHOWN = 5
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 _SUFFIXES = (".jsonl", ".json", ".txt")
 
 
@@ -228,8 +230,9 @@ def _from_preference(record: dict) -> dict:
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         if not prompt:
             raise ValueError("has no `prompt`, and `chosen` and `rejected` do not begin with the same messages")
-    _messages([*prompt, *chosen], "chosen")
-    _messages([*prompt, *rejected], "rejected")
+    asked = len(prompt)
+    whole, other = _messages([*prompt, *chosen], "chosen"), _messages([*prompt, *rejected], "rejected")
+    prompt, chosen, rejected = whole[:asked], whole[asked:], other[asked:]
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are the same; there is nothing to prefer")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -299,6 +302,11 @@ def _messages(messages: object, what: str) -> list[dict]:
                     f"reasoning of message {i} is {_shown(reasoning)} by {role!r}; only the assistant's, as text"
                 )
             kept["reasoning_content"] = reasoning
+        elif role == "assistant" and (thought := _THINK.fullmatch(content)):
+            # Chat templates leave the thinking in a content out, since they are for turns that are past.
+            content = thought[2]
+            if thought[1].strip():
+                kept["reasoning_content"] = thought[1].strip()
         unified.append({"role": role, "content": content, **kept})
     last = unified[-1]
     if last["role"] != "assistant":
@@ -451,6 +459,57 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
             "the chat template leaves out the last answer's reasoning; put it into the content, in <think> tags"
         )
     return {"input_ids": ids, "labels": labels}
+
+
+def lost_text(messages: list[dict], tokenizer: PreTrainedTokenizerBase, **arguments) -> tuple[str, str] | None:
+    """The first words of an assistant that the chat template leaves out: ("reasoning" or "content", text); None if all
+    are there.
+
+    Args:
+        messages: a conversation, as the readers make it.
+        arguments: what `apply_chat_template` is given besides.
+    """
+    text = tokenizer.apply_chat_template(
+        template_messages({"messages": messages}, tokenizer), tokenize=False, **arguments
+    )
+    position = 0
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        for part, name in (("reasoning", "reasoning_content"), ("content", "content")):
+            words = message.get(name, "").strip()
+            found = text.find(words, position)
+            if found < 0:
+                return part, words
+            position = found + len(words)
+    return None
+
+
+_REMEDIES = {
+    "reasoning": "it is read only where a turn is the last and reasoning opens it; to learn the reasoning of another turn, "
+    "end an example with that turn",
+    "content": "if it is thinking, let the content begin with <think>, or put the thinking into `reasoning_content`",
+}
+
+
+def warn_of_lost_text(examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of assistants' words in chats and preferences that will not be learned because the template drops them."""
+    lost: dict[str, list[str]] = {part: [] for part in _REMEDIES}
+    for example in examples:
+        chats = [example["messages"]] if "messages" in example else []
+        chats += [[*example["prompt"], *example[side]] for side in ("chosen", "rejected") if side in example]
+        for messages in chats:
+            arguments = template_arguments({"messages": chats[0]})  # a preference's two sides share the prompt
+            if found := lost_text(messages, tokenizer, tools=example.get("tools"), **arguments):
+                lost[found[0]].append(found[1])
+                break
+    for part, texts in lost.items():
+        if texts:
+            warnings.warn(
+                f"{len(texts)} of {len(examples)} examples lose {part} that is to be learned, e.g. {_shown(texts[0])}, "
+                f"since the chat template leaves it out: {_REMEDIES[part]}",
+                stacklevel=2,
+            )
 
 
 def render_all(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig
 
 from finetune.config import DPOOptions
-from finetune.data import template_arguments, template_messages
+from finetune.data import template_arguments, template_messages, warn_of_lost_text
 from finetune.run import Task, command, fine_tune
 from finetune.trainers import DeepseekDPOTrainer
 
@@ -28,6 +28,7 @@ def run(options: DPOOptions, callbacks: tuple[TrainerCallback, ...] = ()):
             raise ValueError(
                 "the data hold examples without `chosen` and `rejected`; `python -m finetune.sft` learns from those"
             )
+        warn_of_lost_text(examples, tokenizer)
         rows = []
         for example in examples:
             row = {

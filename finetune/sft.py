@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
 from finetune.config import SFTOptions
-from finetune.data import preview, render_all
+from finetune.data import preview, render_all, warn_of_lost_text
 from finetune.run import Task, command, fine_tune
 from finetune.trainers import DeepseekSFTTrainer
 
@@ -31,6 +31,7 @@ def run(options: SFTOptions, callbacks: tuple[TrainerCallback, ...] = (), consol
         if any("chosen" in example for example in examples):
             raise ValueError("the data are preferences, which `python -m finetune.dpo` learns from")
         rows = render_all(examples, tokenizer, options.max_tokens)
+        warn_of_lost_text(examples, tokenizer)
         if not shown:
             preview(rows[0], tokenizer, console or Console())
             shown = True

@@ -137,7 +137,7 @@ def test_the_reference_model_of_full_fine_tuning(hub, tmp_path, monkeypatch, com
     answers = {"dpo": {"chosen": "1", "rejected": "2"}, "grpo": {"completion": "1"}}[command]
     write_jsonl([{"prompt": f"{i} + 1 = ", **answers} for i in range(20)], tmp_path / "data.jsonl")
     options = {"model": NAME, "data": [str(tmp_path / "data.jsonl")], "output": str(tmp_path / "run")}
-    options |= {"method": "full", "steps": 1, "batch_size": 2, "track": ["none"], "cpu": True}
+    options |= {"method": "full", "steps": 1, "batch_size": 2, "eval_fraction": 0.3, "track": ["none"], "cpu": True}
     if command == "dpo":
         dpo.run(make_options(DPOOptions, options))
     else:

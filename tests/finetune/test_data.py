@@ -266,6 +266,56 @@ def test_reasoning_is_learned_by_our_own_template_and_opens_the_answer(tokenizer
         data.render({"messages": messages}, tokenizer)
 
 
+THOUGHT = "<think>\nOne and one.\n</think>\n\n2"
+REASONED = {"role": "assistant", "content": "2", "reasoning_content": "One and one."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": _chat(("user", "1 + 1?"), ("assistant", THOUGHT))},
+        {"instruction": "1 + 1?", "output": THOUGHT},
+        {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": THOUGHT}]},
+        {"question": "1 + 1?", "answer": THOUGHT},
+        {"prompt": _chat(("user", "1 + 1?")), "completion": THOUGHT},
+    ],
+    ids=["messages", "alpaca", "sharegpt", "qa", "prompt-completion"],
+)
+def test_thinking_in_an_answer_is_read_as_reasoning_and_learned(tokenizer, record):
+    example = data.normalise(record, data.detect_format(record))
+    assert example["messages"][-1] == REASONED
+    row = data.render(example, tokenizer)
+    assert _learned(row, tokenizer) == f"One and one.</think>2{tokenizer.eos_token}"
+    assert data.lost_text(example["messages"], tokenizer, thinking=True) is None
+
+
+def test_thinking_in_preferences_is_read_as_reasoning():
+    record = {"prompt": "1 + 1?", "chosen": THOUGHT, "rejected": "<think>\n\n</think>\n\n3"}
+    example = data.normalise(record, "preference")
+    assert example["chosen"] == [REASONED]
+    assert example["rejected"] == _chat(("assistant", "3"))
+
+
+def test_text_that_a_template_drops_is_reported_with_the_remedy(tokenizer, recwarn):
+    earlier = _chat(("user", "1 + 1?"), ("assistant", THOUGHT), ("user", "Sure?"), ("assistant", "Yes."))
+    examples = [
+        CHAT,
+        {"messages": _chat(("user", "1 + 1?"), ("assistant", "One and one.</think>2"))},
+        {"messages": _chat(("user", "one?"), ("assistant", THOUGHT))},
+        {"messages": earlier},
+        {"prompt": "1 + 1?", "chosen": THOUGHT, "rejected": "3"},
+        {"prompt": "1 + 1?", "chosen": "3", "rejected": THOUGHT},
+        {"text": "a</think>b"},
+    ]
+    examples = [data.normalise(record, data.detect_format(record)) for record in examples]
+    data.warn_of_lost_text(examples, tokenizer)
+    reasoning, content = (str(warning.message) for warning in recwarn)
+    assert "2 of 7 examples lose reasoning" in reasoning
+    assert "end an example with that turn" in reasoning
+    assert "1 of 7 examples lose content that is to be learned, e.g. 'One and one.</think>2'" in content
+    assert "begin with <think>" in content
+
+
 def test_templates_without_markers_are_refused(tokenizer):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="endgeneration"):
