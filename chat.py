@@ -22,22 +22,25 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.text import Text
-from tokenizers.decoders import DecodeStream
-from transformers import (
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    set_seed,
-)
-from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
+from common.extras import extra
 
-from common.loading import load
-from tokenization.safe_chat import encode_chat
+with extra("serve"):
+    import torch
+    from rich.console import Console
+    from rich.text import Text
+    from tokenizers.decoders import DecodeStream
+    from transformers import (
+        DynamicCache,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteria,
+        set_seed,
+    )
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.utils import logging
+
+    from common.loading import load
+    from tokenization.safe_chat import encode_chat
 
 with suppress(ImportError):  # not on Windows, whose terminal does it itself
     import readline  # noqa: F401  gives `input` history, editing, pasted lines as one text, and lines above 4,096 bytes

@@ -2,7 +2,7 @@
 
     python demo.py [--model FOLDER] [--quick]
 
-The model is loaded by the Auto classes, as anyone would from the Hub; the training is `finetune.sft`'s.
+The model is loaded as by every command here; the training is `finetune.sft`'s.
 """
 
 import argparse

@@ -23,18 +23,21 @@ import sys
 import uuid
 from contextlib import asynccontextmanager
 
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
-from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState, Modality
-from transformers.utils import logging
+from common.extras import extra
 
-from common.loading import load
-from tokenization.safe_chat import encode_chat
+with extra("serve"):
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse
+    from starlette.requests import ClientDisconnect
+    from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState, Modality
+    from transformers.utils import logging
+
+    from common.loading import load
+    from tokenization.safe_chat import encode_chat
 
 MAX_BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 60  # for a client to send it

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 
+from common.extras import extra
 from configuration_deepseek import FAMILY_DEFAULTS
 from tools.add_remote_code import AUTO_MAP
 
@@ -114,7 +115,8 @@ def load(
         ValueError, OSError: something is missing, damaged or does not fit; weights are read from safetensors only.
     """
     if adapter is not None:
-        from peft import PeftConfig, PeftModel
+        with extra("serve"):
+            from peft import PeftConfig, PeftModel
 
         try:
             model = model or PeftConfig.from_pretrained(adapter).base_model_name_or_path

@@ -33,16 +33,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
+from common.extras import extra
 
-from corpus.clusters import band_keys, buckets, first_equal, jaccard, join_similar
-from corpus.decontaminate import SUFFIXES as TEST_SUFFIXES, Contaminants
-from corpus.quality import RULES, broken_rule
-from corpus.report import NUM_PAIRS, plot, write_html
-from corpus.signatures import BACKENDS, make_signer
-from corpus.text import fingerprint, ngrams, normalise, tokenise
-from tokenization.documents import Record, check_paths, read_records
+with extra("corpus"):
+    import numpy as np
+    from tqdm import tqdm
+
+    from corpus.clusters import band_keys, buckets, first_equal, jaccard, join_similar
+    from corpus.decontaminate import SUFFIXES as TEST_SUFFIXES, Contaminants
+    from corpus.quality import RULES, broken_rule
+    from corpus.report import NUM_PAIRS, plot, write_html
+    from corpus.signatures import BACKENDS, make_signer
+    from corpus.text import fingerprint, ngrams, normalise, tokenise
+    from tokenization.documents import Record, check_paths, read_records
 
 REASONS = ("", *RULES, "contaminated")  # why a document is out before any comparison
 STAGES = ("kept", "quality", "contaminated", "exact", "near", "paragraphs")

@@ -6,14 +6,17 @@ A line of the data is {"prompt", "chosen", "rejected"}, each text or a list of m
 model without its adapter; otherwise it is a second copy of the model.
 """
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import DPOConfig
+from common.extras import extra
 
-from finetune.config import DPOOptions
-from finetune.data import template_arguments, template_messages, warn_of_lost_text
-from finetune.run import Task, command, fine_tune
-from finetune.trainers import DeepseekDPOTrainer
+with extra("train"):
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import DPOConfig
+
+    from finetune.config import DPOOptions
+    from finetune.data import template_arguments, template_messages, warn_of_lost_text
+    from finetune.run import Task, command, fine_tune
+    from finetune.trainers import DeepseekDPOTrainer
 
 
 def run(options: DPOOptions, callbacks: tuple[TrainerCallback, ...] = ()):

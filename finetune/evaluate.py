@@ -11,13 +11,16 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from common.extras import extra
 
-from finetune.data import IGNORED_LABEL, collate, pad_token, prompt_ids, question_and_answer, read_examples, render
-from finetune.rewards import same_number
+with extra("train"):
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from finetune.data import IGNORED_LABEL, collate, pad_token, prompt_ids, question_and_answer, read_examples, render
+    from finetune.rewards import same_number
 
 
 @dataclass(frozen=True)

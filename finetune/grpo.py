@@ -5,15 +5,18 @@
 The data are questions with answers in any of SFT's formats; the answer is only compared, never shown to the model.
 """
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOConfig
+from common.extras import extra
 
-from finetune.config import GRPOOptions
-from finetune.data import question_and_answer, template_messages
-from finetune.rewards import REWARDS
-from finetune.run import Task, command, fine_tune
-from finetune.trainers import DeepseekGRPOTrainer
+with extra("train"):
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import GRPOConfig
+
+    from finetune.config import GRPOOptions
+    from finetune.data import question_and_answer, template_messages
+    from finetune.rewards import REWARDS
+    from finetune.run import Task, command, fine_tune
+    from finetune.trainers import DeepseekGRPOTrainer
 
 
 def run(options: GRPOOptions, callbacks: tuple[TrainerCallback, ...] = ()):

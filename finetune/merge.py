@@ -14,17 +14,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-from huggingface_hub import snapshot_download
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
-from safetensors import safe_open
+from common.extras import extra
 
-from common.loading import load_config, new_model
-from finetune.experts import ESFT_CONFIG, ESFT_WEIGHTS, read_esft
-from finetune.lora import AdapterFiles, check_fits
-from loading_deepseek import CheckpointFiles, dequantised_state_dict
-from tools.convert import refuse_existing, tensor_files, write_checkpoint
+with extra("train"):
+    import torch
+    from huggingface_hub import snapshot_download
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from safetensors import safe_open
+
+    from common.loading import load_config, new_model
+    from finetune.experts import ESFT_CONFIG, ESFT_WEIGHTS, read_esft
+    from finetune.lora import AdapterFiles, check_fits
+    from loading_deepseek import CheckpointFiles, dequantised_state_dict
+    from tools.convert import refuse_existing, tensor_files, write_checkpoint
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 

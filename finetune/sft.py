@@ -7,15 +7,18 @@
 The loss is on the assistant's words only. `docs/finetuning.md` explains data formats, methods and the result.
 """
 
-from datasets import Dataset
-from rich.console import Console
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig
+from common.extras import extra
 
-from finetune.config import SFTOptions
-from finetune.data import preview, render_all, warn_of_lost_text
-from finetune.run import Task, command, fine_tune
-from finetune.trainers import DeepseekSFTTrainer
+with extra("train"):
+    from datasets import Dataset
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig
+
+    from finetune.config import SFTOptions
+    from finetune.data import preview, render_all, warn_of_lost_text
+    from finetune.run import Task, command, fine_tune
+    from finetune.trainers import DeepseekSFTTrainer
 
 
 def run(options: SFTOptions, callbacks: tuple[TrainerCallback, ...] = (), console: Console | None = None):

@@ -23,14 +23,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from common.extras import extra
 
-from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
-from tokenization.fim import check_rates, draw_fim, encode_fim, fim_token_ids
-from tokenization.plain import PlainEncoder
+with extra("train"):
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
+    from tokenization.fim import check_rates, draw_fim, encode_fim, fim_token_ids
+    from tokenization.plain import PlainEncoder
 
 INDEX_NAME = "index.json"
 IGNORED_LABEL = -100  # the label that every transformers loss skips

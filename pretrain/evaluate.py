@@ -16,14 +16,17 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from common.extras import extra
 
-from common.loading import load_model, load_tokenizer
-from pretrain.data import IGNORED_LABEL, INDEX_NAME, HeldOut, batch_of, load_held_out
+with extra("train"):
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from tqdm import tqdm
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+    from common.loading import load_model, load_tokenizer
+    from pretrain.data import IGNORED_LABEL, INDEX_NAME, HeldOut, batch_of, load_held_out
 
 
 def bits_per_byte(nll_nats: float, num_bytes: int) -> float:

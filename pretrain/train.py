@@ -26,23 +26,26 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast, set_seed
-from torch import nn
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from common.extras import extra
 
-from common.loading import load_config, load_model, new_model
-from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
-from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
-from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
-from pretrain.export import export_checkpoint
-from pretrain.optimizers import OPTIMIZERS, build_optimizer
-from pretrain.plot import read_log
-from pretrain.report import write_report
+with extra("train"):
+    import torch
+    import transformers
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import DistributedType, broadcast, set_seed
+    from torch import nn
+    from torch.distributed.tensor import DTensor
+    from tqdm import tqdm
+    from transformers import PreTrainedModel
+
+    from common.loading import load_config, load_model, new_model
+    from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
+    from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
+    from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
+    from pretrain.export import export_checkpoint
+    from pretrain.optimizers import OPTIMIZERS, build_optimizer
+    from pretrain.plot import read_log
+    from pretrain.report import write_report
 
 SCHEDULES = ("wsd", "cosine")
 LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss", "index_loss")

@@ -22,14 +22,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tqdm import tqdm
+from common.extras import extra
 
-from tokenization.documents import check_paths, read_documents
-from tools.add_remote_code import read_config
-from tools.convert import refuse_existing, tensor_files, write_checkpoint
+with extra("train"):
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tqdm import tqdm
+
+    from tokenization.documents import check_paths, read_documents
+    from tools.add_remote_code import read_config
+    from tools.convert import refuse_existing, tensor_files, write_checkpoint
 
 # [vocab_size, hidden_size]: the embedding, the output head, and the copies of both in published prediction modules.
 _VOCABULARY_MATRIX = re.compile(r"(^|\.)(embed_tokens|lm_head|shared_head\.head)\.weight$")

@@ -13,10 +13,13 @@ import json
 import sys
 from pathlib import Path
 
-from tokenizers import Tokenizer
-from tqdm import tqdm
+from common.extras import extra
 
-from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
+with extra("train"):
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
+
+    from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
 
 def load_tokenizers(arguments: list[str]) -> dict[str, Tokenizer]:

@@ -13,16 +13,19 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
-from tqdm import tqdm
+from common.extras import extra
 
-from tokenization.chains import CHAINS, build_chain
-from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
+with extra("train"):
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.processors import TemplateProcessing
+    from tokenizers.trainers import BpeTrainer
+    from tqdm import tqdm
+
+    from tokenization.chains import CHAINS, build_chain
+    from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 

@@ -4,7 +4,7 @@
     python -m tools.evaluate . --tasks humaneval mbpp --data path/to/tasks --allow-code-execution
     python -m tools.evaluate . --text en=held_out_en.txt zh=held_out_zh.txt
 
-Needs `pip install lm-eval`. The prompts, few-shot examples, stop words and answer filters are the harness's own, so the
+Needs the extra: `pip install -e '.[evaluate]'`. The prompts, few-shot examples, stop words and answer filters are the harness's own, so the
 figures compare with others that it made; only the data come from files, and generated programs are run here:
 
     gsm8k             gsm8k_train.jsonl (few-shot examples), gsm8k_test.jsonl    {"question", "answer"}
@@ -34,11 +34,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from common.extras import extra
 
-from common.loading import load
+with extra("evaluate"):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from common.loading import load
 
 
 class Source(NamedTuple):
@@ -407,11 +410,13 @@ def run(args: argparse.Namespace) -> dict:
         ValueError, OSError, ImportError: something given is wrong or missing.
     """
     check(args)
-    import lm_eval
     import torch
     import transformers
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+
+    with extra("evaluate"):
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
 
     class Model(HFLM):
         def loglikelihood_rolling(self, *arguments, **keywords):
@@ -461,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         report = run(args)
     except ImportError as error:
-        print(f"error: {error}; pip install 'lm-eval>=0.4.9'", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -37,16 +37,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from common.extras import extra
 
-from benchmarks.common import describe_machine
-from common.loading import load
+with extra("tools"):
+    import torch
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils import logging
+
+    from benchmarks.common import describe_machine
+    from common.loading import load
 
 TASKS = ("passkey", "multikey", "tracking")
 NUM_KEYS, NUM_STEPS, NUM_CANDIDATES = 8, 3, 10

@@ -22,13 +22,16 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from common.extras import extra
 
-from configuration_deepseek import FAMILY_DEFAULTS, DeepseekConfig
-from tools.convert import resolve_config
+with extra("tools"):
+    import numpy as np
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from configuration_deepseek import FAMILY_DEFAULTS, DeepseekConfig
+    from tools.convert import resolve_config
 
 
 class GPU(NamedTuple):

@@ -33,15 +33,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+from common.extras import extra
 
-from common.loading import foreign_code
+with extra("publish"):
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard
+    from huggingface_hub.errors import HfHubHTTPError
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from safetensors import SafetensorError, safe_open
+    from tqdm import tqdm
+
+    from common.loading import foreign_code
 
 PASSED, WARNING, FAILED = "passed", "warning", "FAILED"
 MAX_FILE_BYTES = 50 * 10**9  # the Hub's documentation: 50 GB a file at most, 20 GB recommended
