@@ -125,7 +125,7 @@ def measure_recall(files: list[Path]) -> dict:
             output = folder / backend
             files = [folder / "originals.jsonl", folder / "copies.jsonl"]
             clean(files, output, "--backend", backend, "--threshold", "1e-9", "--no-quality")
-            rows = map(json.loads, (output / "report/removed.jsonl").read_text(encoding="utf-8").splitlines())
+            rows = map(json.loads, (output / "report/removed.jsonl").read_bytes().splitlines())
             found = {
                 int(row["id"].split(":")[1])
                 for row in rows

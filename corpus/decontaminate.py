@@ -90,7 +90,7 @@ def _json_records(content: str) -> list:
     try:
         whole = json.loads(content)
     except json.JSONDecodeError:
-        return [json.loads(line) for line in content.splitlines() if line.strip()]
+        return [json.loads(line) for line in content.split("\n") if line.strip()]
     return whole if isinstance(whole, list) else [whole]
 
 

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 
 def read_log(path: Path) -> list[dict]:
     """The records of a JSON-lines log in file order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def draw_all(records: list[dict], output: Path) -> list[Path]:

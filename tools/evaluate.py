@@ -78,7 +78,7 @@ def read_jsonl(file: Path, fields: tuple[str, ...]) -> list[dict]:
         ValueError: a line is no object or lacks a field; the message gives its number.
     """
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -101,7 +101,9 @@ def read_mgsm(file: Path) -> list[dict]:
         ValueError: a line is not a question, a tab and a whole number; thousands may have commas.
     """
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         question, _, answer = line.rpartition("\t")
         answer = answer.strip().replace(",", "")
         if not question or not answer.removeprefix("-").isdigit():

@@ -90,6 +90,14 @@ def test_documents_with_a_shared_ngram_are_found(tmp_path):
     assert Contaminants([], 13).find(np.arange(50, dtype=np.uint64)) == ""
 
 
+def test_only_a_newline_ends_a_line_of_a_test_set(tmp_path):
+    lines = [
+        json.dumps({"q": f"a\u2028b\x85{i}"}, ensure_ascii=False) for i in range(2)
+    ]  # str.splitlines would cut here
+    (tmp_path / "a.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert Contaminants([tmp_path / "a.json"], 1).num_strings == 2
+
+
 def test_unreadable_test_set_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"a\.jsonl cannot be read"):

@@ -162,6 +162,14 @@ def test_command_line_is_checked_first(options, message, capsys):
 # ---------------------------------------------------------------- the harness
 
 
+def test_only_a_newline_ends_a_line(tmp_path):
+    text = "What\u2028is\x85two\x0bmore?"  # str.splitlines would cut here
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert evaluate.read_jsonl(tmp_path / "a.jsonl", ("question",)) == [{"question": text}]
+    (tmp_path / "mgsm_en.tsv").write_text(f"{text}\t2\n", encoding="utf-8")
+    assert evaluate.read_mgsm(tmp_path / "mgsm_en.tsv")[0]["question"] == text
+
+
 def test_right_answers_score_one_and_wrong_ones_zero(data, tmp_path, monkeypatch):
     """All tasks through the harness, answered by a model that knows the answers, or none of them."""
     pytest.importorskip("lm_eval", reason="lm-eval is an optional dependency")
