@@ -104,10 +104,11 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forgets all tokens and gives the memory back."""
-        super().reset()
-        for name in self.token_states[2:]:
+        for name in self.token_states:
             setattr(self, name, None)
         self._buffers.clear()
+        self.is_initialized = False  # before what some releases do to initialised layers: zero them at their length
+        super().reset()
 
 
 def _concatenate(name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from transformers import cache_utils
+from transformers import cache_utils, generation
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     create_causal_mask as _create_causal_mask,
@@ -25,6 +25,9 @@ CACHE_NAMES = ("past_key_values", "cache")
 
 # The static cache layer with room for an indexer's keys; None in releases without one (until 5.10).
 StaticIndexedLayer = getattr(cache_utils, "StaticIndexedLayer", None)
+
+_PAGING = inspect.signature(getattr(generation, "ContinuousBatchingConfig", object)).parameters
+HAS_PAGED_CACHE = "page_size" in _PAGING  # continuous batching over pages of one layer, since 5.19
 
 
 def _rename_cache(kwargs: dict, name: str) -> None:

@@ -558,7 +558,7 @@ class DeepseekGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args, **kwargs):
         name = generation_config.cache_implementation
-        if name not in (None, "dynamic"):
+        if name not in (None, "dynamic", "dynamic_full"):  # the last one is what older releases say for assistants
             self._check_cache_implementation(name)
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 

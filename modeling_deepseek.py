@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_deepseek import GrowingLayer, IndexedLayer, LatentLayer, NSACacheLayer, use_growing_layers
 from .compat_deepseek import (
+    HAS_PAGED_CACHE,
     cache_field,
     create_causal_mask,
     create_masks_for_generate,
@@ -1082,9 +1083,15 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
         """As in transformers; its paged cache then holds MLA's latents, kv_lora_rank + qk_rope_head_dim numbers a token.
 
         Raises:
-            ValueError: the attention is sparse (NSA, or MLA with an indexer), which needs more than keys and values.
+            ValueError: the attention is sparse (NSA, or MLA with an indexer), which needs more than keys and values; or
+                this release of transformers has no such cache.
         """
         config = self.config
+        if not HAS_PAGED_CACHE:
+            raise ValueError(
+                "This release of transformers has no continuous batching that the model can use; it came with 5.19. "
+                "Use `generate`, serve without --continuous-batching, or upgrade transformers."
+            )
         if config.attention_kind == "nsa" or config.has_indexer:
             raise ValueError(
                 "transformers' paged cache has room for keys and values only, but sparse attention "

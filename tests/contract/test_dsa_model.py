@@ -8,8 +8,12 @@ import tiny
 import torch
 from checks import assert_close
 from deepseek_repo import dsa_deepseek as dsa
-from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, DynamicCache
-from transformers.models.deepseek_v32 import modeling_deepseek_v32 as native_module
+from transformers import AutoModelForCausalLM, DynamicCache
+
+try:
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as native_module
+except ImportError:
+    native_module = None
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +29,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def native(model, tmp_path_factory):
+    if native_module is None:
+        pytest.skip("this transformers has no V3.2 of its own")
     folder = tmp_path_factory.mktemp("v32")
     model.save_pretrained(folder)
-    native, report = DeepseekV32ForCausalLM.from_pretrained(
+    native, report = native_module.DeepseekV32ForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"]

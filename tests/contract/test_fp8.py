@@ -9,7 +9,11 @@ from deepseek_repo import loading_deepseek, modeling_deepseek
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.integrations import finegrained_fp8
+
+try:
+    from transformers.integrations import finegrained_fp8
+except ImportError:  # it wants Triton in releases before 5.10
+    finegrained_fp8 = None
 
 BLOCK = 128
 LARGEST_E4M3 = 448.0
@@ -131,6 +135,7 @@ def test_kept_where_the_hardware_has_it(monkeypatch, device_map, capability, ker
     assert loading_deepseek.hardware_has_fp8(device_map) is kept
 
 
+@pytest.mark.skipif(finegrained_fp8 is None, reason="this transformers wants Triton for its FP8 layers")
 def test_kept_in_transformers_own_layers(fp8_checkpoint, tmp_path, monkeypatch):
     """As on a GPU with FP8, but the kernel is a float32 product with what the numbers mean."""
 

@@ -231,6 +231,8 @@ class TestCache:
         monkeypatch.setattr(cache_deepseek, "_UNDO_TOKENS", 8)
         tokens = tiny.make_tokens(1, 100)
         _, cache = run_in_chunks(model, tokens[:, :40], [40])
+        if not hasattr(cache, "activate_past_recording"):
+            pytest.skip("releases before 5.17 do not record")
         cache.activate_past_recording()
         model(tokens[:, 40:], past_key_values=cache)
         cache.crop(-55)

@@ -142,6 +142,8 @@ def test_replaced_experts_are_used(family):
 
 @pytest.mark.parametrize("plan", ["base_model_tp_plan", "base_model_ep_plan"])
 def test_plan_names_exist(plan):
+    if plan == "base_model_ep_plan" and "ep_dispatch_experts" not in ALL_PARALLEL_STYLES:
+        pytest.skip("expert parallelism as the plan has it came with transformers 5.20")
     names = set()
     for family in FAMILIES:
         model = make_model(family).model
