@@ -66,11 +66,17 @@ class GrowingLayer(DynamicLayer):
         buffer[:, :, past_length:length] = new
         return buffer[:, :, :length]
 
-    def crop(self, tokens_to_remove: int):
-        """Takes back the last `-tokens_to_remove` tokens."""
+    def crop(self, tokens_to_remove: int) -> int:
+        """Takes back the last `-tokens_to_remove` tokens -> how many those were.
+
+        Before transformers 5.17 a number from 0 on is the length to keep, as it was for every cache then.
+        """
+        length = self.get_seq_length()
         super().crop(tokens_to_remove)  # keys and values
-        if tokens_to_remove:
-            self._change_extras(lambda states: states[:, :, : -abs(tokens_to_remove)])
+        removed = length - self.get_seq_length()
+        if removed:
+            self._change_extras(lambda states: states[:, :, :-removed])
+        return removed
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
         """Row b becomes what row beam_idx[b] was."""
@@ -304,14 +310,13 @@ class NSACacheLayer(GrowingLayer):
         """Keeps all tokens until the next `crop`."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int):
-        """Takes back the last `-tokens_to_remove` tokens.
+    def crop(self, tokens_to_remove: int) -> int:
+        """As in `GrowingLayer`.
 
         Raises:
             ValueError: the tokens that the next query would need have been let go.
         """
-        super().crop(tokens_to_remove)
-        removed = abs(tokens_to_remove)
+        removed = super().crop(tokens_to_remove)
         if removed and self.compressed:
             self.raw, self.windowed = (tuple(x[:, :, :-removed] for x in group) for group in (self.raw, self.windowed))
             for group, needed in ((self.raw, self.needed_raw), (self.windowed, self.needed_windowed)):
@@ -324,6 +329,7 @@ class NSACacheLayer(GrowingLayer):
             self.record_past = False
             self.trim()
             self.record_past = True
+        return removed
 
     def reset(self):
         """Forgets all tokens and gives the memory back."""
