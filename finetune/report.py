@@ -159,12 +159,12 @@ def write_card(report: Report, folder: Path) -> None:
     how = ", ".join(f"{key} {_value(options[key])}" for key in _CARD_OPTIONS[method])
     rows = "\n".join(f"| {' | '.join(row)} |" for row in _metrics(report))
     base = "path/to/base" if is_local else options["model"]
-    code = ["from transformers import AutoModelForCausalLM", ""]
     if method == "full":
+        code = ["from transformers import AutoModelForCausalLM", ""]
         code.append('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)')
-    else:
-        code.insert(1, "from finetune.models import load_result  # of the code's repository")
-        code.append(f'model = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)')
+    else:  # the base in this repository's code, since the result does not fit what else may load by that name
+        code = ["from common.loading import load_model  # of the code's repository"]
+        code += ["from finetune.models import load_result", "", f'model = load_model("{base}")']
         code.append('model = load_result(model, "path/to/this/folder")  # checks that it fits')
     data = ", ".join(Path(source).name for source in options["data"])
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(options['output']).resolve().name}\n\n"
