@@ -677,7 +677,7 @@ class DeepseekConfig(PreTrainedConfig):
 
     def __eq__(self, other) -> bool:
         # transformers makes a dataclass of this class, which would compare its own fields only
-        return isinstance(other, DeepseekConfig) and vars(self) == vars(other)
+        return self.__class__.__name__ == other.__class__.__name__ and vars(self) == vars(other)
 
     def to_dict(self) -> dict:
         """The published form: official names only, with the checkpoint's own `model_type` and `architectures`."""

@@ -17,6 +17,7 @@ chats are encoded by tokenization/safe_chat.py, and requests are checked before 
 
 import argparse
 import asyncio
+import copy
 import inspect
 import json
 import sys
@@ -151,6 +152,43 @@ def plain_messages(messages: list) -> list:
     return plain
 
 
+# With these the template opens an answer.
+_OPENING = ("<｜Assistant｜>", "<think>", "</think>")
+
+
+def answer_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> str:
+    """What the template itself wrote at the end of a prompt to open the answer; without such, that of a plain answer.
+
+    Told by token ids: in a chat that `encode_chat` encoded, only the template has control tokens.
+    """
+    names = {tokenizer.convert_tokens_to_ids(name): name for name in _OPENING if name in tokenizer.get_vocab()}
+    if len(names) < len(_OPENING):
+        return ""
+    first = len(prompt_ids)
+    while first and prompt_ids[first - 1] in names:
+        first -= 1
+    opening = "".join(names[token] for token in prompt_ids[first:])
+    return opening if opening.startswith(_OPENING[0]) else _OPENING[0] + (opening or "</think>")
+
+
+def answer_reader(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> PreTrainedTokenizerBase:
+    """A tokenizer for reading one answer: what it decodes the prompt to is `answer_opening`, and nothing else of it.
+
+    transformers gives its parser the decoded prompt, and takes for the answer all that follows the last assistant's
+    marker. After a tool's result there is none, so the results of tools (pages that strangers wrote) and earlier calls
+    would be parsed as what the model says.
+    """
+    opening, reader = answer_opening(tokenizer, prompt_ids), copy.copy(tokenizer)
+
+    def decode(token_ids, *args, **kwargs):
+        if token_ids == prompt_ids:
+            return opening
+        return tokenizer.decode(token_ids, *args, **kwargs)
+
+    reader.decode = decode
+    return reader
+
+
 class _Limits:
     """What both handlers add to transformers' own: checks, the context, and no settings of other requests."""
 
@@ -206,7 +244,8 @@ class ChatHandler(_Limits, ChatCompletionHandler):
         settings = self._build_generation_config(body, model.generation_config, use_cb=use_cb)
         if use_cb:
             manager.init_cb(model, settings)
-        arguments = (request_id, model, tokenizer, model_id, inputs, settings, manager)
+        reader = answer_reader(tokenizer, ids)
+        arguments = (request_id, model, reader, model_id, inputs, settings, manager)
         tools = {"tools": body.get("tools")} if _PARSER_TAKES_TOOLS else {}
         if body.get("stream"):
             return self._streaming(*arguments, **tools)
