@@ -244,7 +244,7 @@ def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, me
     target = probs.detach().mean(dim=2)  # [B, C, n]
     if mesh is not None:
         torch.distributed.all_reduce(target.div_(mesh.size()), group=mesh.get_group())
-    log_index = scores.masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(dim=-1)
+    log_index = scores.float().masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(dim=-1)
     divergence = F.kl_div(log_index, target, reduction="none").sum(dim=-1)  # [B, C]
     return (divergence * seen.any(dim=-1)).sum()
 

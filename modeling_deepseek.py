@@ -475,6 +475,7 @@ def attend_side_by_side(
     Returns:
         [B, R, value_width]
     """
+    query = query.to(entries.dtype)  # under autocast they differ
     batch, num_keys, width = entries.shape
     parts = min(_count_threads(), num_keys)
     even = num_keys - num_keys % parts
@@ -934,12 +935,17 @@ class DeepseekModel(DeepseekPreTrainedModel):
             return create_causal_mask(
                 config=self.config, attention_mask=attention_mask, past_key_values=None, **arguments
             ), False
-        return create_causal_mask(
+        mask = create_causal_mask(
             config=self._plain_mask_config,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             **arguments,
-        ), True
+        )
+        if mask is None and length > 1:
+            # transformers leaves "causal, nothing else hidden" to the kernel; here no mask means that all is seen. It
+            # does so only where the new tokens are all there are: in a compiled first prompt.
+            mask = torch.ones(length, length, dtype=torch.bool, device=inputs_embeds.device).tril()[None, None]
+        return mask, True
 
 
 def _count(layer: DeepseekDecoderLayer, balance_loss: torch.Tensor | None, load: torch.Tensor | None) -> list:
@@ -1019,6 +1025,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
                 states, mtp_aux_loss, mtp_index_loss = self.model.predict_further(
                     outputs.last_hidden_state, input_ids, attention_mask, position_ids, inputs_embeds
                 )
+                places = outputs.last_hidden_state.shape[:2]
+                if labels.shape != places:  # cut to the places of `logits_to_keep`
+                    whole = labels.new_full(places, -100)
+                    whole[:, positions] = labels
+                    labels = whole
                 mtp_loss = self._mtp_loss(states, labels, position_ids, **kwargs)
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
                 aux_loss = _total([part for part in (aux_loss, mtp_aux_loss) if part is not None])
@@ -1054,10 +1065,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
                 ahead = F.pad(position_ids[:, k + 1 :], (0, k + 1), value=-1)
                 targets = targets.masked_fill(ahead != position_ids + k + 1, -100)
             logits = self.lm_head(layer.shared_head(hidden_states))  # [B, S, vocab_size]
+            # the mean over the targets unless a trainer gives their number, and 0 where none is left
+            count = kwargs.get("num_items_in_batch")
+            count = (targets != -100).sum().clamp(min=1) if count is None else count
+            settings = kwargs | {"shift_labels": targets, "num_items_in_batch": count}
             losses.append(
-                self.loss_function(
-                    logits=logits, labels=None, shift_labels=targets, vocab_size=self.config.vocab_size, **kwargs
-                )
+                self.loss_function(logits=logits, labels=None, vocab_size=self.config.vocab_size, **settings)
             )
         return torch.stack(losses).mean()
 

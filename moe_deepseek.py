@@ -59,7 +59,14 @@ SELECTIONS = {
     "group_limited_greedy": _select_group_limited,
     "noaux_tc": _select_bias_corrected,
 }
-SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """A function with a name, since routers are pickled with it. [N, E] -> [N, E]"""
+    return logits.softmax(dim=-1)
+
+
+SCORES = {"softmax": _softmax, "sigmoid": torch.sigmoid}
 
 
 class DeepseekRouter(nn.Module):
@@ -140,6 +147,42 @@ class DeepseekExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Understands the names of the files, one weight an expert, as well as those in memory.
+
+        Trainers give `load_state_dict` what lies in a checkpoint. A part of the experts (one shard of several) changes
+        those, and the others count as missing.
+        """
+        by_parameter = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+        for name, parts in by_parameter.items():
+            keys = [[f"{prefix}{i}.{part}.weight" for part in parts] for i in range(self.num_experts)]
+            absent = [key for row in keys for key in row if key not in state_dict]
+            if len(absent) == self.num_experts * len(parts):
+                continue  # stacked already, or not there at all
+            parameter = getattr(self, name)
+            shape = (parameter.shape[1] // len(parts), parameter.shape[2])
+            given = {key: state_dict.pop(key) for row in keys for key in row if key in state_dict}
+            wrong = [key for key, weight in given.items() if weight.shape != shape]
+            if wrong:
+                errors.append(f"{wrong[0]} has shape {tuple(given[wrong[0]].shape)}; the model's is {shape}.")
+                continue
+            missing_keys += absent
+            if absent:
+                own = dict(
+                    zip([key for row in keys for key in row], self._by_expert(parameter, len(parts)), strict=True)
+                )
+                given = own | given
+            stacked = [torch.cat([given[key] for key in row]) for row in keys]  # E of [2F, D] or [D, F]
+            state_dict[prefix + name] = torch.stack(stacked)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+        )
+
+    @staticmethod
+    def _by_expert(parameter: torch.Tensor, parts: int) -> list[torch.Tensor]:
+        """[E, parts * F, D] -> E * parts of [F, D], expert by expert"""
+        return [part for expert in parameter.detach() for part in expert.chunk(parts)]
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -194,7 +237,8 @@ class DeepseekExperts(nn.Module):
         # The weights come before the projection, which is linear.
         inner = (self.act_fn(gate) * up * top_k_weights.flatten()[order, None]).split(tuple(counts.values()))
         outputs = torch.cat([F.linear(rows, down_proj[e]) for rows, e in zip(inner, counts, strict=True)])
-        return torch.zeros_like(hidden_states).index_add_(0, token, outputs)
+        # under autocast the products have another dtype
+        return torch.zeros_like(hidden_states).index_add_(0, token, outputs.to(hidden_states.dtype))
 
 
 class DeepseekSeparateExperts(nn.ModuleList):
@@ -216,7 +260,7 @@ class DeepseekSeparateExperts(nn.ModuleList):
         inputs = hidden_states[token].split(counts)  # E of [n, D]
         outputs = [expert(rows) for expert, rows in zip(self, inputs, strict=True) if len(rows)]
         weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
-        return torch.zeros_like(hidden_states).index_add_(0, token, weighted)
+        return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
 
 
 class DeepseekMoE(nn.Module):
@@ -311,7 +355,8 @@ def update_router_bias(model: nn.Module, update_rate: float = 1e-3) -> dict[int,
         For each sparse layer its number of tokens per expert since the last call, float32 [E]. Routers without a
         bias are reported too, not changed. Empty if nothing was trained.
     """
-    routers = [module for module in model.modules() if hasattr(module, "expert_load")]
+    # by its own attributes: wrappers (PEFT's `modules_to_save`) pass on those of the router inside
+    routers = [module for module in model.modules() if "expert_load" in vars(module)]
     distributed = dist.is_available() and dist.is_initialized()
     loads = {}
     for router in routers:
@@ -319,7 +364,7 @@ def update_router_bias(model: nn.Module, update_rate: float = 1e-3) -> dict[int,
         if distributed:
             load = torch.zeros(router.weight.shape[0], device=router.weight.device) if load is None else load
             dist.all_reduce(load)
-        if load is None:
+        if load is None or (distributed and not load.any()):
             continue
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias += update_rate * (load.mean() - load).sign()

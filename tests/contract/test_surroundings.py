@@ -1,0 +1,157 @@
+"""What people put around a model: states loaded back, compilers, mixed precision, wrappers, pickles, cut labels."""
+
+import copy
+import io
+import pickle
+
+import peft
+import pytest
+import torch
+from checks import assert_close
+from deepseek_repo.compat_deepseek import StaticIndexedLayer
+from safetensors.torch import load_file
+from tiny import FAMILIES, make_model, make_tokens
+from transformers import DynamicCache, StaticCache
+
+MOE = tuple(name for name in FAMILIES if make_model(name).config.mlp_layer_types.count("sparse"))
+MTP = ("v3", "v3_mtp2", "v32")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+# States
+
+
+def saved(model, folder) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_the_state_of_the_files_is_loaded(family, strict, assign, tmp_path):
+    """As a Trainer does with the best checkpoint, or the one that it resumes from."""
+    model, state = make_model(family), saved(make_model(family, seed=1), tmp_path)
+    expected = make_model(family, seed=1)
+    tokens = make_tokens(2, 12)
+    assert not torch.equal(model(tokens).logits, expected(tokens).logits)
+    report = model.load_state_dict(state, strict=strict, assign=assign)
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_parts_of_a_state(family, tmp_path):
+    """Two shards, each with some of the experts of a layer, make a whole; one alone says what is missing."""
+    model, state = make_model(family), saved(make_model(family, seed=1), tmp_path)
+    first = {name: weight for i, (name, weight) in enumerate(state.items()) if i % 2}
+    absent = {name for name in state if name not in first}
+    with pytest.raises(RuntimeError, match=r"mlp\.experts\.\d+\."):
+        copy.deepcopy(model).load_state_dict(first, strict=True)
+    assert set(model.load_state_dict(first, strict=False).missing_keys) == absent
+    model.load_state_dict({name: state[name] for name in absent}, strict=False)
+    tokens = make_tokens(2, 12)
+    assert torch.equal(model(tokens).logits, make_model(family, seed=1)(tokens).logits)
+
+
+def test_an_expert_of_another_shape_is_named(tmp_path):
+    model, state = make_model("v3"), saved(make_model("v3"), tmp_path)
+    name = next(name for name in state if ".experts.3.down_proj" in name)
+    with pytest.raises(RuntimeError, match=r"experts\.3\.down_proj\.weight has shape \(5, 5\)"):
+        model.load_state_dict(state | {name: torch.zeros(5, 5)})
+
+
+def test_models_are_pickled(family):
+    model, tokens = make_model(family), make_tokens(2, 12)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert torch.equal(other(tokens).logits, model(tokens).logits)
+
+
+def test_a_router_trained_beside_lora_is_corrected_once():
+    model = make_model("v3", num_nextn_predict_layers=0)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["mlp.gate"]))
+    tokens = make_tokens(2, 12)
+    wrapped.train()(input_ids=tokens, labels=tokens)
+    routers = [m for name, m in wrapped.named_modules() if name.endswith("mlp.gate.modules_to_save.default")]
+    assert routers
+    before = [(router.expert_load.clone(), router.e_score_correction_bias.clone()) for router in routers]
+    model.update_router_bias(0.5)
+    for router, (load, bias) in zip(routers, before, strict=True):
+        assert_close(router.e_score_correction_bias, bias + 0.5 * (load.mean() - load).sign(), "bias")
+
+
+# Compilers
+
+
+@pytest.mark.parametrize("cache", [None, "dynamic", "static"])
+@pytest.mark.parametrize("padded", [None, False, True], ids=["no mask", "all tokens", "left padding"])
+def test_a_compiled_prompt_does_not_see_the_future(family, cache, padded):
+    model, tokens, mask = make_model(family), make_tokens(2, 24), None
+    if cache == "static" and (model.config.attention_kind == "nsa" or not StaticIndexedLayer):
+        pytest.skip("refused by name")
+    if padded is not None:
+        mask = torch.ones_like(tokens)
+        mask[1, :5] = int(not padded)
+    compiled = torch.compile(model, backend="eager")
+    kwargs = {"attention_mask": mask}
+    made = {None: lambda: None, "dynamic": DynamicCache, "static": StaticCache}[cache]
+    if cache is not None:
+        size = {"max_cache_len": 24} if cache == "static" else {}
+        kwargs["past_key_values"] = made(config=model.config, **size)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+        actual = compiled(tokens, use_cache=cache is not None, **kwargs).logits
+    real = slice(None) if mask is None else mask.bool()
+    assert_close(actual[real], expected[real], "logits")
+
+
+# Precisions
+
+
+@pytest.mark.parametrize("length", [9, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(family, dtype, length):
+    """Mixed precision over float32 weights: training with all losses, evaluation and generation run, near float32's."""
+    if family == "nsa":
+        pytest.skip("its backward under autocast is an open fault")
+    model, tokens = make_model(family), make_tokens(2, length)
+    expected = model(tokens, labels=tokens).loss
+    with torch.autocast("cpu", dtype=dtype):
+        assert_close(model(tokens, labels=tokens).loss.float(), expected, "loss", atol=0.15)
+        model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=2)
+        loss = model.train()(tokens, labels=tokens).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+# Losses
+
+
+@pytest.mark.parametrize("family", MTP)
+def test_a_prediction_loss_without_targets_is_zero(family):
+    model, tokens = make_model(family).train(), make_tokens(2, 12)
+    labels = torch.full_like(tokens, -100)
+    labels[:, 1] = tokens[:, 1]
+    outputs = model(tokens, labels=labels)
+    assert outputs.mtp_loss == 0
+    outputs.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family", MTP)
+@pytest.mark.parametrize("kept", [7, torch.tensor([3, 4, 5, 8, 9, 11])], ids=["number", "places"])
+def test_labels_cut_to_the_kept_logits(family, kept):
+    model, tokens = make_model(family).train(), make_tokens(2, 12)
+    places = slice(-kept, None) if isinstance(kept, int) else kept
+    whole = torch.full_like(tokens, -100)
+    whole[:, places] = tokens[:, places]
+    actual = model(tokens, labels=tokens[:, places], logits_to_keep=kept)
+    assert_close(actual.mtp_loss, model(tokens, labels=whole).mtp_loss, "prediction loss")
