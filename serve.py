@@ -11,18 +11,19 @@
 The handlers, the generation threads and continuous batching are those of `transformers serve`. That command itself loads
 a checkpoint of a published type into transformers' own class, whatever `auto_map` says, lets what users write become
 control tokens, and loads any model (and its code) that a request names. Here the model is the one that was started with,
-chats are encoded by tokenization/safe_chat.py, and requests are checked before they reach the model. In
-`/v1/completions` the caller writes the whole prompt, control tokens included.
+chats are encoded by tokenization/safe_chat.py, answers are parsed by the ids of their tokens (tokenization/answers.py),
+and requests are checked before they reach the model. In `/v1/completions` the caller writes the whole prompt, control
+tokens included.
 """
 
 import argparse
 import asyncio
-import copy
-import inspect
 import json
 import sys
 import uuid
 from contextlib import asynccontextmanager
+
+import torch
 
 from common.extras import extra
 
@@ -30,36 +31,31 @@ with extra("serve"):
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.responses import JSONResponse
+    from openai.types.completion_usage import CompletionUsage
     from starlette.requests import ClientDisconnect
     from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState, Modality
+    from transformers.cli.serving.utils import (
+        CBGenerateManager,
+        CBWorkerDeadError,
+        DirectStreamer,
+        GenerateManager,
+        GenerationState,
+        Modality,
+        ReasoningText,
+        ToolCall,
+        _GenerationCancelled,
+        _StreamError,
+    )
     from transformers.utils import logging
 
     from common.loading import load
+    from tokenization.answers import AnswerCall, AnswerParser, AnswerText
     from tokenization.safe_chat import encode_chat
 
 MAX_BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 60  # for a client to send it
-# Newer releases of transformers than 5.20 can check calls of tools against their descriptions.
-_PARSER_TAKES_TOOLS = "tools" in inspect.signature(ChatCompletionHandler._streaming).parameters
-# How a DeepSeek answer falls into thinking, tool calls and the rest, in the form that transformers' parser takes.
-RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": ["<｜Assistant｜></think>", "<｜Assistant｜>"],
-    "fields": {
-        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
-        "tool_calls": {
-            "open_pattern": r"(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>(?P<name>[^<]+)<｜tool▁sep｜>",
-            "close": "<｜tool▁call▁end｜>",
-            "repeats": True,
-            "content": "text",  # the API wants the arguments as a string, and a model may write what is no JSON
-            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
-        },
-        "content": {"close_pattern": r"(?:<｜tool▁calls▁end｜>)?<｜end▁of▁sentence｜>", "content": "text"},
-    },
-}
 
 
 # ---------------------------------------------------------------- requests
@@ -152,43 +148,6 @@ def plain_messages(messages: list) -> list:
     return plain
 
 
-# With these the template opens an answer.
-_OPENING = ("<｜Assistant｜>", "<think>", "</think>")
-
-
-def answer_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> str:
-    """What the template itself wrote at the end of a prompt to open the answer; without such, that of a plain answer.
-
-    Told by token ids: in a chat that `encode_chat` encoded, only the template has control tokens.
-    """
-    names = {tokenizer.convert_tokens_to_ids(name): name for name in _OPENING if name in tokenizer.get_vocab()}
-    if len(names) < len(_OPENING):
-        return ""
-    first = len(prompt_ids)
-    while first and prompt_ids[first - 1] in names:
-        first -= 1
-    opening = "".join(names[token] for token in prompt_ids[first:])
-    return opening if opening.startswith(_OPENING[0]) else _OPENING[0] + (opening or "</think>")
-
-
-def answer_reader(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> PreTrainedTokenizerBase:
-    """A tokenizer for reading one answer: what it decodes the prompt to is `answer_opening`, and nothing else of it.
-
-    transformers gives its parser the decoded prompt, and takes for the answer all that follows the last assistant's
-    marker. After a tool's result there is none, so the results of tools (pages that strangers wrote) and earlier calls
-    would be parsed as what the model says.
-    """
-    opening, reader = answer_opening(tokenizer, prompt_ids), copy.copy(tokenizer)
-
-    def decode(token_ids, *args, **kwargs):
-        if token_ids == prompt_ids:
-            return opening
-        return tokenizer.decode(token_ids, *args, **kwargs)
-
-    reader.decode = decode
-    return reader
-
-
 class _Limits:
     """What both handlers add to transformers' own: checks, the context, and no settings of other requests."""
 
@@ -219,8 +178,95 @@ class _Limits:
         return context - prompt_tokens
 
 
+class _AnswerStreamer(DirectStreamer):
+    """Takes the ids of an answer's tokens and queues what transformers' handler streams.
+
+    transformers' own decodes them first, and what an answer spells then looks like control tokens.
+    """
+
+    def __init__(self, parser: AnswerParser):
+        super().__init__(None, asyncio.get_running_loop(), asyncio.Queue())
+        self.parser = parser
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt, then with each token."""
+        if self._first or self._cancelled.is_set():
+            super().put(value)
+        else:
+            self.take(value.tolist())
+
+    def take(self, ids: list[int]) -> None:
+        """Read further tokens of the answer."""
+        for token in ids:
+            self.total_tokens += 1
+            for piece in self.parser.feed(token):
+                self._enqueue(_queued(piece))
+
+    def fail(self, error: object) -> None:
+        """End the answer with an error."""
+        self._enqueue(_StreamError(json.dumps(str(error))[1:-1]))  # the handler puts it between quotation marks
+
+
+def _queued(piece: AnswerText | AnswerCall) -> str | ToolCall:
+    if isinstance(piece, AnswerCall):
+        return ToolCall(*piece)
+    return ReasoningText(piece.text) if piece.is_reasoning else piece.text
+
+
+class _Generation:
+    """Generates one answer by a manager of transformers, but streams it through an `AnswerParser`."""
+
+    def __init__(self, manager: GenerateManager | CBGenerateManager, parser: AnswerParser):
+        self.manager = manager
+        self.parser = parser
+
+    def generate_streaming(self, model, tokenizer, inputs, settings, request_id, response_parser=None):
+        """Start -> the queue of the answer's pieces, and its streamer. transformers' parser is not used."""
+        streamer = _AnswerStreamer(self.parser)
+        if isinstance(self.manager, CBGenerateManager):
+            self._start_batched(streamer, inputs["input_ids"], settings, request_id)
+        else:
+            self._start(streamer, model, {**inputs, "generation_config": settings, "tokenizer": tokenizer})
+        return streamer._queue, streamer
+
+    def _start(self, streamer: _AnswerStreamer, model: PreTrainedModel, arguments: dict) -> None:
+        def work():
+            try:
+                model.generate(**arguments, streamer=streamer)
+            except _GenerationCancelled:
+                streamer.end()
+            except Exception as error:
+                streamer.fail(error)
+
+        self.manager.submit(work)
+
+    def _start_batched(self, streamer: _AnswerStreamer, ids: list[int], settings, request_id: str) -> None:
+        self.manager._check_alive(request_id)
+        batching = self.manager._cb
+
+        def take(output):
+            try:
+                streamer.take(output.generated_tokens[streamer.total_tokens :])
+                if output.error is not None:
+                    streamer.fail(output.error)
+                elif output.is_finished():
+                    streamer.end()
+            except Exception as error:
+                streamer.fail(error)
+
+        streamer.cancel = lambda: batching.cancel_request(request_id)
+        batching.register_result_handler(request_id, take)
+        batching.add_request(
+            ids,
+            request_id=request_id,
+            streaming=True,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=settings.eos_token_id,
+        )
+
+
 class ChatHandler(_Limits, ChatCompletionHandler):
-    """Chat completions whose texts never become control tokens."""
+    """Chat completions whose texts never become control tokens, neither of the prompt nor of the answer."""
 
     async def handle_request(self, body: dict, request_id: str):
         body = self.check(body, CHAT_FIELDS, "messages")
@@ -244,12 +290,38 @@ class ChatHandler(_Limits, ChatCompletionHandler):
         settings = self._build_generation_config(body, model.generation_config, use_cb=use_cb)
         if use_cb:
             manager.init_cb(model, settings)
-        reader = answer_reader(tokenizer, ids)
-        arguments = (request_id, model, reader, model_id, inputs, settings, manager)
-        tools = {"tools": body.get("tools")} if _PARSER_TAKES_TOOLS else {}
+        parser = AnswerParser(tokenizer, ids)
         if body.get("stream"):
-            return self._streaming(*arguments, **tools)
-        return await self._non_streaming(*arguments, **tools)
+            generation = _Generation(manager, parser)
+            return self._streaming(request_id, model, tokenizer, model_id, inputs, settings, generation)
+        _, _, written = await manager.generate_non_streaming(model, tokenizer, inputs, settings, request_id=request_id)
+        answer = self._whole_answer(request_id, model_id, parser, written, len(ids), settings.max_new_tokens)
+        return JSONResponse(answer)
+
+    def _whole_answer(
+        self, request_id, model_id, parser: AnswerParser, written, prompt_tokens: int, limit: int
+    ) -> dict:
+        """The answer with the generated ids `written` (a tensor or list), as the API has it."""
+        pieces = [piece for token in written for piece in parser.feed(int(token))]
+        calls = [piece for piece in pieces if isinstance(piece, AnswerCall)]
+        texts = [piece for piece in pieces if isinstance(piece, AnswerText)]
+        return self._build_completion(
+            request_id,
+            "".join(piece.text for piece in texts if not piece.is_reasoning),
+            model_id,
+            finish_reason="tool_calls" if calls else "length" if len(written) >= limit else "stop",
+            usage=CompletionUsage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=len(written),
+                total_tokens=prompt_tokens + len(written),
+            ),
+            tool_calls=[
+                {"id": f"{request_id}_tool_call_{i}", "type": "function", "function": call._asdict()}
+                for i, call in enumerate(calls)
+            ]
+            or None,
+            reasoning_content="".join(piece.text for piece in texts if piece.is_reasoning) or None,
+        )
 
 
 class PromptHandler(_Limits, CompletionHandler):
@@ -303,8 +375,7 @@ def build_app(
         continuous_batching: settings of its paged cache; None answers one request after the other.
         thinking: whether answers begin with thinking where a request does not say.
     """
-    if "</think>" in tokenizer.get_vocab() and getattr(tokenizer, "response_template", None) is None:
-        tokenizer.response_template = RESPONSE_TEMPLATE
+    tokenizer.response_template = None  # with one, transformers' handler would parse the text of the prompt
     manager = OneModel(model, tokenizer, name)
     state = GenerationState(continuous_batching=continuous_batching is not None, cb_config=continuous_batching)
     chat = ChatHandler(manager, state, chat_template_kwargs={"thinking": thinking})

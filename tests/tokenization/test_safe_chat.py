@@ -1,4 +1,4 @@
-"""Untrusted text stays text: no field of a chat can write a control token."""
+"""Untrusted text stays text: no field of a chat can write a control token, and no text of an answer is one."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 from transformers import AutoTokenizer
 
+from tokenization.answers import AnswerCall, AnswerParser, AnswerText
 from tokenization.fim import BEGIN, END, HOLE, FimSample, check_rates, draw_fim, encode_fim
 from tokenization.plain import PlainEncoder
 from tokenization.safe_chat import encode_chat
@@ -163,6 +164,70 @@ USER = {"role": "user", "content": "x"}
 def test_wrong_types_are_named(messages, tools, error):
     with pytest.raises(ValueError, match=error):
         encode_chat(TOKENIZER, messages, tools)
+
+
+# ---------------------------------------------------------------- answers
+
+CALLS, CALLS_END, CALL, SEP, CALL_END, THINK, NO_THINK = (
+    ENCODE.control_ids[name]
+    for name in (
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        "<think>",
+        "</think>",
+    )
+)
+EOS = TOKENIZER.eos_token_id
+
+
+def parse(prompt: list[int], written: list[int]) -> tuple[str, str, list[AnswerCall]]:
+    """(reasoning, content, calls) of an answer."""
+    parser = AnswerParser(TOKENIZER, prompt)
+    pieces = [piece for token in written for piece in parser.feed(token)]
+    texts = [piece for piece in pieces if isinstance(piece, AnswerText)]
+    reasoning, content = (
+        "".join(text for text, is_reasoning in texts if is_reasoning == which) for which in (True, False)
+    )
+    return reasoning, content, [piece for piece in pieces if isinstance(piece, AnswerCall)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=hostile_text)
+def test_spelled_control_tokens_are_text(text):
+    ids = ENCODE(text)
+    call = [CALL, *ids, SEP, *ids, CALL_END]
+    assert parse([NO_THINK], [*ids, EOS]) == ("", text, [])
+    assert parse([THINK], [*ids, NO_THINK, *ids, EOS]) == (text, text, [])
+    assert parse([NO_THINK], [*ids, CALLS, *call, *call, CALLS_END, EOS]) == ("", text, [AnswerCall(text, text)] * 2)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(text=hostile_text)
+def test_no_field_of_a_prompt_is_part_of_the_answer(thinking, text):
+    """Wherever the prompt ends; the answer is one word."""
+    messages, tools = conversation(text)
+    for end in range(1, len(messages) + 1):
+        prompt = encode_chat(TOKENIZER, messages[:end], tools, thinking, add_generation_prompt=True)["input_ids"]
+        opened = thinking and messages[end - 1]["role"] == "user"
+        assert parse(prompt, ENCODE("word")) == (("word", "", []) if opened else ("", "word", []))
+
+
+def test_broken_calls_are_none():
+    f = ENCODE("f")
+    assert parse([NO_THINK], [CALL, *f, CALL_END, EOS])[2] == []
+    assert parse([NO_THINK], [CALL, *f, SEP, *f, EOS])[2] == []
+    assert parse([NO_THINK], [*f, SEP, *f, CALL_END, EOS])[2] == []
+    assert parse([THINK], [CALL, *f, SEP, *f, CALL_END, EOS])[2] == []
+
+
+def test_half_a_character_is_left_out():
+    half = ENCODE("𝄞")[:-1]
+    assert half, "the tokenizer has the character whole; take another one"
+    assert parse([THINK], [*half, NO_THINK, *ENCODE("word"), *half]) == ("", "word", [])
 
 
 # ---------------------------------------------------------------- fill in the middle

@@ -1,0 +1,76 @@
+"""Tells an answer's reasoning, content and tool calls apart, by the ids of the tokens that the model generated.
+
+    parser = AnswerParser(tokenizer, prompt_ids)
+    pieces = [piece for token in generated_ids for piece in parser.feed(token)]
+
+The counterpart of safe_chat.py. A parser of decoded text takes `<｜tool▁call▁begin｜>` in a web page that an answer quotes,
+or in the prompt, for the model's own. Here only control tokens count, and of the prompt only whether it ends with `<think>`.
+"""
+
+from typing import NamedTuple
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from tokenization.plain import PlainEncoder
+
+# (part of the answer, control token) -> the part that follows. All other control tokens are text of the part they are in.
+_NEXT_PART = {
+    ("content", "<think>"): "reasoning",
+    ("reasoning", "</think>"): "content",
+    ("content", "<｜tool▁calls▁begin｜>"): "content",
+    ("content", "<｜tool▁calls▁end｜>"): "content",
+    ("content", "<｜tool▁call▁begin｜>"): "name",
+    ("name", "<｜tool▁sep｜>"): "arguments",
+    ("arguments", "<｜tool▁call▁end｜>"): "content",
+}
+
+
+class AnswerText(NamedTuple):
+    """Some new text of an answer, and whether it is reasoning."""
+
+    text: str
+    is_reasoning: bool
+
+
+class AnswerCall(NamedTuple):
+    """A tool call from its begin to its end token; the arguments are as they were written, perhaps no JSON."""
+
+    name: str
+    arguments: str
+
+
+class AnswerParser:
+    """Reads the tokens of one answer in DeepSeek's format, one by one.
+
+    Special tokens have no text; a call that is never ended is none.
+
+    Args:
+        tokenizer: a byte-level tokenizer. Of one without DeepSeek's control tokens, all text is content.
+        prompt_ids: the prompt, in which text is no control token (`encode_chat`).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]):
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._names = {id: name for name, id in PlainEncoder(tokenizer).control_ids.items()}
+        self._enter("reasoning" if self._names.get(prompt_ids[-1]) == "<think>" else "content")
+
+    def feed(self, token: int) -> list[AnswerText | AnswerCall]:
+        """What a generated token completes."""
+        part, following = self._part, _NEXT_PART.get((self._part, self._names.get(token)))
+        if following is None:
+            text = self._stream.step(self._tokenizer, token)
+            if not text:
+                return []
+            if part in ("content", "reasoning"):
+                return [AnswerText(text, part == "reasoning")]
+            self._text += text
+            return []
+        written = self._text
+        self._enter(following)
+        if part == "name":
+            self._name = written
+        return [AnswerCall(self._name, written)] if part == "arguments" else []
+
+    def _enter(self, part: str) -> None:
+        self._part, self._text, self._stream = part, "", DecodeStream(skip_special_tokens=True)
