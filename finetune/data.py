@@ -30,6 +30,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from tokenization.plain import PlainEncoder
+from tokenization.safe_chat import MESSAGE_FIELDS, encode_chat
+
 IGNORED_LABEL = -100  # the label that every transformers loss skips
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -418,6 +421,40 @@ def template_arguments(example: dict) -> dict[str, bool]:
     return {"thinking": True} if thinks else {}
 
 
+def _strings(value: object) -> Iterator[str]:
+    """All strings in lists and dicts, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def _encode(example: dict, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False, **more) -> dict:
+    """`apply_chat_template` to a chat, in which no text becomes a control token.
+
+    Only a template with a place for reasoning is protected: elsewhere `<think>` in an answer is the model's own.
+    """
+    messages, tools, arguments = (
+        template_messages(example, tokenizer),
+        example.get("tools"),
+        template_arguments(example),
+    )
+    spells = PlainEncoder(tokenizer).has_control_tokens
+    if "reasoning_content" in str(tokenizer.chat_template) and any(map(spells, _strings([messages, tools]))):
+        known = [{key: message[key] for key in MESSAGE_FIELDS if key in message} for message in messages]
+        return encode_chat(tokenizer, known, tools, add_generation_prompt=add_generation_prompt, **arguments)
+    return tokenizer.apply_chat_template(
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        **arguments,
+        **more,
+    )
+
+
 def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Tokens and labels of an example; what the loss does not count has the label -100.
 
@@ -430,21 +467,16 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
     if "text" in example or "completion" in example:
         ids = tokenizer(example.get("text", example.get("prompt", "")))["input_ids"]
         if "text" in example:
+            encode = PlainEncoder(tokenizer)
+            if encode.has_control_tokens(example["text"]):
+                ids = [tokenizer.bos_token_id, *encode(example["text"])]
             ids = [*ids, tokenizer.eos_token_id]
             return {"input_ids": ids, "labels": list(ids)}
         completion = tokenizer(example["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return {"input_ids": ids + completion, "labels": [IGNORED_LABEL] * len(ids) + completion}
     check_template(tokenizer)
-    messages = template_messages(example, tokenizer)
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            tools=example.get("tools"),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **template_arguments(example),
-        )
+        rendered = _encode(example, tokenizer, return_assistant_tokens_mask=True)
     except Exception as error:  # jinja's own, raised by templates for roles and orders they do not know
         raise ValueError(f"the chat template refuses an example: {error}") from error
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
@@ -548,14 +580,7 @@ def prompt_ids(question: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of a question (from `question_and_answer`), up to where the answer begins."""
     if "prompt" in question:
         return tokenizer(question["prompt"])["input_ids"]
-    return tokenizer.apply_chat_template(
-        template_messages(question, tokenizer),
-        tools=question.get("tools"),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **template_arguments(question),
-    )["input_ids"]
+    return _encode(question, tokenizer, add_generation_prompt=True)["input_ids"]
 
 
 def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:

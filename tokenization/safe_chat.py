@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tokenization.plain import PlainEncoder, check_unicode
 
 ROLES = ("system", "user", "assistant", "tool")
-_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 _PLACEHOLDER = "\ue000{}\ue001"  # private-use characters, which the template itself has none of
 _PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
 
@@ -125,7 +125,7 @@ def _mark_json(value: object, name: str, texts: list[str]) -> str:
 
 
 def _mark_message(message: object, name: str, texts: list[str]) -> dict:
-    _check_dict(message, name, _FIELDS)
+    _check_dict(message, name, MESSAGE_FIELDS)
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
         raise ValueError(f"{name}.role is {role!r}; use one of {', '.join(ROLES)}")
