@@ -469,7 +469,7 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
         if "text" in example:
             encode = PlainEncoder(tokenizer)
             if encode.has_control_tokens(example["text"]):
-                ids = [tokenizer.bos_token_id, *encode(example["text"])]
+                ids = [*tokenizer("")["input_ids"], *encode(example["text"])]
             ids = [*ids, tokenizer.eos_token_id]
             return {"input_ids": ids, "labels": list(ids)}
         completion = tokenizer(example["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
