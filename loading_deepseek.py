@@ -6,6 +6,7 @@ two stacked parameters. transformers converts both ways while it loads and saves
 
 import json
 import os
+import re
 import struct
 from contextlib import contextmanager
 
@@ -84,11 +85,11 @@ class CheckpointFiles:
         self._path = path
         self._variant = hub_kwargs.get("variant")
         self.shard_of: dict[str, str] = {}  # tensor name -> file name; empty where there are no safetensors files
-        index = self.find(SAFE_WEIGHTS_INDEX_NAME)
-        if index is not None:
-            self._read_index(index)
-        elif (single := self.find(SAFE_WEIGHTS_NAME)) is not None:
+        # In transformers' order: one file goes before shards, which a model saved again leaves beside it.
+        if (single := self.find(SAFE_WEIGHTS_NAME)) is not None:
             self.shard_of = dict.fromkeys(_read_header(single), SAFE_WEIGHTS_NAME)
+        elif (index := self.find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+            self._read_index(index)
 
     def find(self, name: str, optional: bool = True) -> str | None:
         """Local path of a file of the checkpoint, fetched if need be; None if it has no such file."""
@@ -101,6 +102,11 @@ class CheckpointFiles:
             _raise_exceptions_for_missing_entries=not optional,
             _raise_exceptions_for_connection_errors=not optional,
         )
+
+    def count_mtp_modules(self, num_hidden_layers: int) -> int:
+        """The multi-token-prediction modules behind so many layers: layers that have what only such a module has."""
+        found = {int(match[1]) for name in self.shard_of if (match := re.search(r"\blayers\.(\d+)\.eh_proj\.", name))}
+        return next(k for k in range(len(found) + 1) if num_hidden_layers + k not in found)
 
     def _read_index(self, index: str):
         with open(index, encoding="utf-8") as file:

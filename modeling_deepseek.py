@@ -683,8 +683,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 "plans are for stacked experts. Use `device_map`, or pass separate_experts=False."
             )
         files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
-        if files.shard_of and not any(f"layers.{config.num_hidden_layers}." in name for name in files.shard_of):
-            config.num_nextn_predict_layers = 0
+        if files.shard_of:
+            present = files.count_mtp_modules(config.num_hidden_layers)
+            config.num_nextn_predict_layers = min(config.num_nextn_predict_layers, present)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # other files are pickles
         if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from configuration_deepseek import DeepseekConfig
 from loading_deepseek import CheckpointFiles
@@ -124,7 +124,7 @@ def _write_weights(source: Path, folder: Path, shard_of: dict[str, str], change:
             shutil.copymode(source / shard, folder / shard)  # safetensors makes files that only their owner reads
             new_shard_of |= dict.fromkeys(tensors, shard)
             total_size += sum(tensor.nbytes for tensor in tensors.values())
-    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
+    if set(new_shard_of.values()) != {SAFE_WEIGHTS_NAME}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(new_shard_of.items()))}
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import shutil
 
 import peft
 import pytest
@@ -63,6 +64,38 @@ def test_an_expert_of_another_shape_is_named(tmp_path):
     name = next(name for name in state if ".experts.3.down_proj" in name)
     with pytest.raises(RuntimeError, match=r"experts\.3\.down_proj\.weight has shape \(5, 5\)"):
         model.load_state_dict(state | {name: torch.zeros(5, 5)})
+
+
+@pytest.mark.parametrize("family", MTP)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_truncated_model_takes_no_layer_for_a_prediction_module(family, num_layers, tmp_path):
+    whole, tokens = make_model(family), make_tokens(2, 12)
+    whole.save_pretrained(tmp_path)
+    model = type(whole).from_pretrained(tmp_path, num_hidden_layers=num_layers)
+    assert model.config.num_nextn_predict_layers == 0
+    assert len(model.model.layers) == num_layers
+    states = model(tokens, output_hidden_states=True).hidden_states[:num_layers]
+    for actual, expected in zip(states, whole(tokens, output_hidden_states=True).hidden_states, strict=False):
+        assert_close(actual, expected, "states")
+    outputs = model.train()(tokens, labels=tokens)
+    assert outputs.mtp_loss is None
+
+
+@pytest.mark.parametrize("family", ["v3", "v3_mtp2"])
+def test_one_file_goes_before_older_shards(family, tmp_path):
+    """As for transformers: a folder into which a model was saved again has both."""
+    model, tokens = make_model(family, seed=1), make_tokens(2, 12)
+    make_model(family).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "single")
+    for file in (tmp_path / "shards").glob("*.safetensors*"):
+        shutil.copy(file, tmp_path / "single")
+    loaded = type(model).from_pretrained(tmp_path / "single")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    for file in (tmp_path / "single").glob("model-0*"):
+        file.unlink()  # what the index names need not be there
+    assert type(model).from_pretrained(tmp_path / "single").config.num_nextn_predict_layers
 
 
 def test_models_are_pickled(family):
