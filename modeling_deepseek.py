@@ -258,8 +258,8 @@ class DeepseekMLA(nn.Module):
                 latent, k_rope, self.layer_idx
             )  # [B, 1, T, C], [B, 1, T, Dr]
             cache_layer = past_key_values.layers[self.layer_idx]
-            if not has_past:
-                cache_layer.kv_b_weight = None  # see _kv_b_weight: a new text begins
+            if not has_past and hasattr(cache_layer, "kv_b_weight"):
+                del cache_layer.kv_b_weight  # see _kv_b_weight: a new text begins
         if self.indexer is not None:
             # detached: the index loss teaches the indexer and nothing else
             index_states = self.indexer(hidden_states.detach(), query_input.detach(), position_embeddings)
@@ -272,6 +272,12 @@ class DeepseekMLA(nn.Module):
             output, probs = self._paged(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         elif isinstance(attention_mask, VisibleTokens):
             weight = self._kv_b_weight(latent, cache_layer)
+            if weight is None:
+                raise ValueError(
+                    "Attention to selected tokens (`index_topk`) needs the matrix of `kv_b_proj`, which has a bias, hooks "
+                    "or an adapter that is no matrix (LoRA with lora_bias, `adapter_names` in one batch). Leave "
+                    "`kv_b_proj` out of the adapter's targets, or run one adapter at a time."
+                )
             index = self.indexer, index_states, index_key
             output, index_loss = self._selected(q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, *index)
             probs = None
@@ -294,9 +300,14 @@ class DeepseekMLA(nn.Module):
         elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
             weight, entries = self._kv_b_weight(latent, cache_layer), getattr(cache_layer, "entries", None)
             wants_probs = kwargs.get("output_attentions") or torch.is_grad_enabled()
-            output, probs = self._absorbed(
-                q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, entries, wants_probs
-            )
+            if weight is None:
+                key, value = self._expand(all_latent, all_k_rope)  # [B, H, T, .]
+                query = torch.cat((q_nope, q_rope), dim=-1)  # [B, H, S, Dn + Dr]
+                output, probs = eager_attention_forward(self, query, key, value, attention_mask, self.scaling)
+            else:
+                output, probs = self._absorbed(
+                    q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, entries, wants_probs
+                )
         else:
             output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
         output = output.reshape(*hidden_states.shape[:2], -1)  # vLLM's comes as [B * S, H * Dv]
@@ -399,8 +410,8 @@ class DeepseekMLA(nn.Module):
         halves = cache.update(*entry.chunk(2, dim=-1), self.layer_idx, kwargs)
         entries = torch.cat(halves, dim=-1)  # [1, 1, T, C + Dr]; T counts the tokens of all texts
         latent, k_rope = entries[..., :width].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        if q_nope.shape[2] <= self.max_absorbed_tokens:
-            weight = self._kv_b_weight(latent, cache_layer=None)
+        weight = self._kv_b_weight(latent, cache_layer=None)
+        if q_nope.shape[2] <= self.max_absorbed_tokens and weight is not None:
             return self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask, weight)
         return self._blockwise(q_nope, q_rope, latent, k_rope, attention_mask)
 
@@ -426,25 +437,45 @@ class DeepseekMLA(nn.Module):
         by_head = kv_b_weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [H, Dn + Dv, C]
         return by_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
-    def _kv_b_weight(self, latent: torch.Tensor, cache_layer) -> torch.Tensor:
-        """The matrix that kv_b_proj applies, [H * (Dn + Dv), C], also with LoRA, quantised or offloaded.
+    def _kv_b_weight(self, latent: torch.Tensor, cache_layer) -> torch.Tensor | None:
+        """The matrix that kv_b_proj applies to every row, [H * (Dn + Dv), C]; None where there is no such matrix or it
+        cannot be known, and attention must run the module itself.
 
-        In those cases it is what the module makes of the identity. That costs more than a decoded token should, so it
-        is kept with the cache, for as long as the text whose latents lie there.
+        With LoRA, quantised or offloaded it is what the module makes of the identity. That costs more than a decoded
+        token should, so it is kept with the cache, for as long as the text whose latents lie there.
         """
-        if type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta:
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.kv_b_proj.modules()):
+            return None  # they may do anything, such as choosing an adapter for each row
+        if type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.bias is None and not self.kv_b_proj.weight.is_meta:
             weight = self.kv_b_proj.weight
             if hasattr(weight, "to_local"):
                 return weight.to_local()  # tensor parallel: this process's heads
             if type(weight) is nn.Parameter:  # and not one of torchao's
                 return weight
-        weight = getattr(cache_layer, "kv_b_weight", None)
-        if weight is None or torch.is_grad_enabled():
-            identity = torch.eye(self.kv_lora_rank, dtype=latent.dtype, device=latent.device)
-            weight = self.kv_b_proj(identity).T
-            if cache_layer is not None:
-                cache_layer.kv_b_weight = weight
-        return weight
+        if torch.is_grad_enabled() or cache_layer is None:
+            return self._probe_kv_b(latent)
+        if not hasattr(cache_layer, "kv_b_weight"):
+            if torch.compiler.is_compiling():
+                return None  # probing looks at numbers
+            cache_layer.kv_b_weight = self._probe_kv_b(latent)
+        return cache_layer.kv_b_weight
+
+    def _probe_kv_b(self, latent: torch.Tensor) -> torch.Tensor | None:
+        """What kv_b_proj makes of the identity, [H * (Dn + Dv), C], if it maps other rows, zero among them, alike.
+
+        A bias, in the module or in an adapter on it, or anything else that is not linear, shows there.
+        """
+        width = self.kv_lora_rank
+        identity = torch.eye(width, dtype=latent.dtype, device=latent.device)
+        signs = 1 - 2 * (torch.arange(width, device=latent.device) % 3 == 0).to(latent.dtype)
+        rows = torch.stack((torch.zeros_like(signs), 3 * signs))  # [2, C]
+        image, others = self.kv_b_proj(torch.cat((identity, rows))).split((width, 2))
+        if self.training:
+            return image.T  # dropout in an adapter makes rows differ
+        difference = (others - rows @ image).detach().abs().max()
+        scale = (rows.abs() @ image.detach().abs()).max()
+        rounding = 16 * torch.finfo(latent.dtype).eps * scale
+        return image.T if difference <= rounding else None
 
 
 def _per_head(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -188,3 +188,99 @@ def test_labels_cut_to_the_kept_logits(family, kept):
     whole[:, places] = tokens[:, places]
     actual = model(tokens, labels=tokens[:, places], logits_to_keep=kept)
     assert_close(actual.mtp_loss, model(tokens, labels=whole).mtp_loss, "prediction loss")
+
+
+# Adapters
+
+ADAPTERS = {
+    "lora": peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False),
+    "lora_bias": peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False, lora_bias=True),
+    "rslora": peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False, use_rslora=True),
+    "dora": peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False, use_dora=True),
+    "ia3": peft.IA3Config(target_modules=["kv_b_proj"], feedforward_modules=[], init_ia3_weights=False),
+    "ia3 input": peft.IA3Config(
+        target_modules=["kv_b_proj"], feedforward_modules=["kv_b_proj"], init_ia3_weights=False
+    ),
+    "oft": peft.OFTConfig(target_modules=["kv_b_proj"], oft_block_size=4, init_weights=False),
+    "loha": peft.LoHaConfig(target_modules=["kv_b_proj"], init_weights=False),
+    "lokr": peft.LoKrConfig(target_modules=["kv_b_proj"], init_weights=False),
+    "vera": peft.VeraConfig(target_modules=["kv_b_proj"], init_weights=False),
+    "whole": peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["kv_b_proj"]),
+}
+NO_MATRIX = ("lora_bias", "bias", "hook")
+
+
+def adapted(family: str, adapter: str):
+    """A model of which kv_b_proj does something else than its weight says."""
+    model = make_model(family)
+    if adapter in ADAPTERS:
+        model = peft.get_peft_model(model, copy.deepcopy(ADAPTERS[adapter])).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "kv_b_proj" in name and parameter.requires_grad:
+                    parameter += 0.3 * torch.randn_like(parameter)
+    for layer in model.get_submodule("base_model.model.model.layers" if adapter in ADAPTERS else "model.layers"):
+        projection = layer.self_attn.kv_b_proj
+        if adapter == "bias":
+            projection.bias = torch.nn.Parameter(torch.randn(projection.out_features))
+        elif adapter == "hook":
+            projection.register_forward_hook(lambda module, inputs, output: output * 1.5 + 0.1)
+    return model
+
+
+def assert_cached_equals_uncached(model, tokens, **kwargs):
+    """A prompt, one token, several (few enough for the absorbed form), many, and one again."""
+    expected, cache, parts = model(tokens, use_cache=False, **kwargs).logits, None, []
+    for part in tokens.split([9, 1, 4, 15, 1], dim=1):
+        outputs = model(part, past_key_values=cache, use_cache=True, **kwargs)
+        cache = outputs.past_key_values
+        parts.append(outputs.logits)
+    assert_close(torch.cat(parts, dim=1), expected, "logits", atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["v2_lite", "v3"])
+@pytest.mark.parametrize("adapter", [*ADAPTERS, "bias", "hook"])
+@torch.no_grad()
+def test_any_adapter_on_kv_b_proj_is_right_with_a_cache(family, adapter):
+    model, tokens = adapted(family, adapter), make_tokens(2, 30)
+    plain = make_model(family)(tokens).logits
+    assert (model(tokens).logits - plain).abs().max() > 0.01, "the adapter does nothing"
+    assert_cached_equals_uncached(model, tokens)
+    attention = next(module for module in model.modules() if hasattr(module, "kv_b_proj"))
+    assert (attention._kv_b_weight(torch.zeros(1), None) is None) == (adapter in NO_MATRIX)
+    if adapter in ADAPTERS and adapter != "whole":
+        with model.disable_adapter():
+            assert_close(model(tokens).logits, plain, "disabled")
+            assert_cached_equals_uncached(model, tokens)
+        if adapter != "lora_bias":  # PEFT cannot merge it into a layer without a bias
+            assert_cached_equals_uncached(model.merge_and_unload(), tokens)
+
+
+@pytest.mark.parametrize("family", ["v2_lite", "v3"])
+@torch.no_grad()
+def test_an_adapter_for_each_row(family):
+    model = peft.get_peft_model(make_model(family), ADAPTERS["lora"], adapter_name="a").eval()
+    model.add_adapter("b", ADAPTERS["lora"])
+    tokens = make_tokens(3, 30)
+    names = ["a", "__base__", "b"]
+    assert_cached_equals_uncached(model, tokens, adapter_names=names)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    together = model.generate(input_ids=tokens, adapter_names=names, **settings)
+    for row, name in enumerate(names):
+        alone = model.generate(input_ids=tokens[row : row + 1], adapter_names=[name], **settings)
+        assert torch.equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize("adapter", [*ADAPTERS, "bias", "hook"])
+@torch.no_grad()
+def test_adapters_with_selected_tokens_are_right_or_refused(adapter):
+    """With an indexer there is no other form than the absorbed one."""
+    model, tokens = adapted("v32", adapter), make_tokens(2, 30)
+    if adapter in NO_MATRIX:
+        with pytest.raises(ValueError, match=r"needs the matrix of `kv_b_proj`.*Leave `kv_b_proj` out"):
+            model(tokens)
+    else:
+        assert_cached_equals_uncached(model, tokens)
+        if adapter in ADAPTERS and adapter != "whole":
+            expected = model(tokens).logits
+            assert_close(model.merge_and_unload()(tokens).logits, expected, "merged", atol=1e-3)
