@@ -634,8 +634,12 @@ class DeepseekCausalLMOutput(ModelOutput):
     logits: [B, S or `logits_to_keep`, vocab_size].
     lm_loss: cross entropy of the next token, nats a token.
     mtp_loss: mean over the multi-token-prediction modules of their cross entropies; in training only.
-    aux_loss: sum of the layers' balance losses, without the factor; in training only.
-    index_loss: sum of the layers' indexer losses, without the factor; in training with `index_topk` only.
+        Both are divided by their targets, or by `num_items_in_batch` (the targets of the whole optimiser step) where a
+        trainer gives it.
+    aux_loss: sum of the layers' balance losses, without the factor; in training only. A mean over the rows.
+    index_loss: sum of the layers' indexer losses, without the factor; in training with `index_topk` only. A mean over the
+        tokens. With `num_items_in_batch`, `loss` has this and `aux_loss` times the part that the micro-batch's targets are
+        of those of the step, so neither grows with gradient accumulation.
     The rest as in `DeepseekModelOutput`.
     """
 
@@ -991,6 +995,16 @@ def _total(losses: list[torch.Tensor]) -> torch.Tensor | None:
     return sum(loss.to(losses[0].device) for loss in losses) if losses else None
 
 
+def _share_of_step(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """The part that these targets are of those of an optimiser step, over micro-batches and processes; 1 for a whole step.
+
+    Losses that are means over their micro-batch count by it, so that accumulated ones are the mean over the step.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return (targets != -100).sum() / num_items_in_batch
+
+
 def _plain_mask_config(config):
     """A config for which transformers makes masks as bool tensors [B, 1, S, T]."""
     config = copy.copy(config)
@@ -1066,10 +1080,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
                 aux_loss = _total([part for part in (aux_loss, mtp_aux_loss) if part is not None])
                 index_loss = _total([part for part in (index_loss, mtp_index_loss) if part is not None])
+            share = _share_of_step(kwargs.get("shift_labels", labels[..., 1:]), kwargs.get("num_items_in_batch"))
             if aux_loss is not None:
-                loss = loss + self.config.aux_loss_alpha * aux_loss.to(loss.device)
+                loss = loss + self.config.aux_loss_alpha * share * aux_loss.to(loss.device)
             if index_loss is not None:
-                loss = loss + self.config.index_loss_weight * index_loss.to(loss.device)
+                loss = loss + self.config.index_loss_weight * share * index_loss.to(loss.device)
         return DeepseekCausalLMOutput(
             loss=loss,
             logits=logits,

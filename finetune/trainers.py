@@ -168,22 +168,9 @@ class DeepseekSFTTrainer(DeepseekTrainerMixin, SFTTrainer):
         if not (self.model.training and has_own_losses(self.model)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
-        config = self.model.config
-        counted = outputs.lm_loss  # over the tokens of the whole step where num_items_in_batch is given
-        if outputs.mtp_loss is not None:
-            counted = counted + config.mtp_loss_weight * outputs.mtp_loss
+        loss = outputs.loss  # over the tokens of the whole step where num_items_in_batch is given
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            counted = counted * self.accelerator.num_processes  # gradients are averaged over processes
-        per_batch = [
-            weight * part
-            for weight, part in (
-                (getattr(config, "aux_loss_alpha", 0.0), outputs.aux_loss),
-                (getattr(config, "index_loss_weight", 0.0), outputs.index_loss),
-            )
-            if part is not None
-        ]
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = counted + sum(per_batch) / steps
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         metrics = self._metrics["train"]
         for name in ("lm_loss", "mtp_loss", "aux_loss", "index_loss"):
             part = getattr(outputs, name)

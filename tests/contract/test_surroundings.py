@@ -284,3 +284,36 @@ def test_adapters_with_selected_tokens_are_right_or_refused(adapter):
         if adapter in ADAPTERS and adapter != "whole":
             expected = model(tokens).logits
             assert_close(model.merge_and_unload()(tokens).logits, expected, "merged", atol=1e-3)
+
+
+# Gradient accumulation
+
+
+@pytest.mark.parametrize("family", ["deepseek", "v2", "v3", "v32"])
+@pytest.mark.parametrize("unequal", [False, True])
+def test_accumulated_losses_are_those_of_one_batch(family, unequal):
+    """Trainers give the targets of the whole step; what is no mean over targets must not count once a micro-batch."""
+    model, tokens = make_model(family).train(), make_tokens(8, 24)
+    labels = tokens.clone()
+    if unequal:
+        labels[:3, 10:] = -100
+    items = (labels[:, 1:] != -100).sum()
+    parts = [
+        model(row[None], labels=target[None], num_items_in_batch=items)
+        for row, target in zip(tokens, labels, strict=True)
+    ]
+    whole = model(tokens, labels=labels)
+    assert_close(sum(part.lm_loss for part in parts), whole.lm_loss, "cross entropy")
+    config, shares = model.config, (labels[:, 1:] != -100).sum(dim=1) / items
+    expected = sum(part.lm_loss + config.mtp_loss_weight * (part.mtp_loss or 0) for part in parts)
+    for name, weight in (
+        ("aux_loss", config.aux_loss_alpha),
+        ("index_loss", getattr(config, "index_loss_weight", 0.0)),
+    ):
+        if getattr(whole, name) is None:
+            continue
+        mean = sum(share * getattr(part, name) for share, part in zip(shares, parts, strict=True))
+        if not unequal:
+            assert_close(mean, getattr(whole, name), name, atol=1e-4)
+        expected = expected + weight * mean
+    assert_close(sum(part.loss for part in parts), expected, "loss")
