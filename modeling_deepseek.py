@@ -810,19 +810,26 @@ class DeepseekModel(DeepseekPreTrainedModel):
             input_ids: int64 [B, S].
             attention_mask: [B, T], 1 for tokens and 0 for padding, or a mask [B, 1, S, T] in the form of the
                 attention implementation. None: all are tokens; if `position_ids` start again within a row, they
-                separate documents that do not see each other (without a cache).
+                separate documents that do not see each other, and no cache is made.
             position_ids: int64 [B, S]; by default counted on from the cache.
             past_key_values: a cache from an earlier call, extended in place.
             inputs_embeds: [B, S, hidden_size], instead of `input_ids`.
 
         Raises:
-            ValueError: both or none of input_ids and inputs_embeds are given, or (on a CPU) a token id is outside the
-                vocabulary.
+            ValueError: both or none of input_ids and inputs_embeds are given, (on a CPU) a token id is outside the
+                vocabulary, or several documents in a row come with a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
+        if attention_mask is None and _restarts(position_ids):
+            if past_key_values is not None:
+                raise ValueError(
+                    "`position_ids` start again within a row: these are documents that do not see each other, and a cache "
+                    "would be one text. Leave `past_key_values` out; to say that it is one text, give `attention_mask`."
+                )
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         use_growing_layers(past_key_values, self.make_cache_layer)
@@ -984,6 +991,13 @@ class DeepseekModel(DeepseekPreTrainedModel):
         return mask, True
 
 
+def _restarts(position_ids: torch.Tensor | None) -> bool:
+    """Whether positions [B or 1, S] do not go on by one somewhere: several documents in a row. Compilers cannot look."""
+    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return False
+    return bool((position_ids.diff(dim=-1) != 1).any())
+
+
 def _count(layer: DeepseekDecoderLayer, balance_loss: torch.Tensor | None, load: torch.Tensor | None) -> list:
     """Notes a layer's load at its router; the balance loss comes back in a list, empty where there is none."""
     if load is not None:
@@ -1047,7 +1061,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
             The rest as in `DeepseekModel`.
         """
         if use_cache is None and self.training:
-            use_cache = False  # nobody reads it, and packed rows are told apart only without one
+            use_cache = False  # nobody reads it
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -317,3 +317,28 @@ def test_accumulated_losses_are_those_of_one_batch(family, unequal):
             assert_close(mean, getattr(whole, name), name, atol=1e-4)
         expected = expected + weight * mean
     assert_close(sum(part.loss for part in parts), expected, "loss")
+
+
+# Packed rows
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(family, use_cache, training):
+    """In evaluation as in training, where a cache would be made by default."""
+    model, lengths = make_model(family).train(training), (5, 20, 9)
+    tokens = make_tokens(1, sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    outputs = model(tokens, position_ids=positions, labels=tokens, use_cache=use_cache)
+    expected = torch.cat([model(part, use_cache=False).logits for part in tokens.split(lengths, dim=1)], dim=1)
+    assert_close(outputs.logits, expected, "logits")
+    assert outputs.cache is None
+
+
+@torch.no_grad()
+def test_packed_documents_take_no_cache(family):
+    model, tokens = make_model(family), make_tokens(1, 8)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="documents that do not see each other"):
+        model(tokens, position_ids=positions, past_key_values=DynamicCache(config=model.config))
