@@ -11,6 +11,7 @@ afterwards, as text. Chats without the names of control tokens get exactly the i
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from tokenization.plain import PlainEncoder, check_unicode
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 _PLACEHOLDER = "\ue000{}\ue001"  # private-use characters, which the template itself has none of
+_RENDERING = threading.Lock()  # transformers compiles a template once, and notes the assistant's spans in it
 _PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -53,15 +55,16 @@ def encode_chat(
     texts: list[str] = []
     marked_messages = [_mark_message(message, f"messages[{i}]", texts) for i, message in _listed(messages, "messages")]
     marked_tools = [_mark_tool(tool, f"tools[{i}]", texts) for i, tool in _listed(tools or [], "tools")]
-    rendered, spans = render_jinja_template(
-        [marked_messages],
-        tools=marked_tools or None,
-        chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        thinking=thinking,
-        **tokenizer.special_tokens_map,
-    )
+    with _RENDERING:
+        rendered, spans = render_jinja_template(
+            [marked_messages],
+            tools=marked_tools or None,
+            chat_template=tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            thinking=thinking,
+            **tokenizer.special_tokens_map,
+        )
     encode = PlainEncoder(tokenizer)
     ids: list[int] = []
     token_starts = []  # where in the rendered text each token's part begins

@@ -1,5 +1,6 @@
 """Untrusted text stays text: no field of a chat can write a control token, and no text of an answer is one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,13 @@ def test_fim_rates():
     assert 6 < sum(len(sample.middle) for sample in samples) / len(samples) < 10  # a third of the length
     with pytest.raises(ValueError, match=r"--fim-rate is 1.5; it must be in \[0, 1\]"):
         check_rates(1.5, 0.0)
+
+
+def test_threads_do_not_disturb_each_other():
+    """A server encodes chats in threads; transformers' template notes what the assistant wrote in one place for all."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello yourself"}]
+    chats = [turns * (1 + i % 7) for i in range(400)]
+    expected = [encode_chat(TOKENIZER, chat) for chat in chats[:7]]
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(lambda chat: encode_chat(TOKENIZER, chat), chats))
+    assert all(result == expected[i % 7] for i, result in enumerate(results))
