@@ -1,5 +1,6 @@
 """Untrusted text stays text: no field of a chat can write a control token, and no text of an answer is one."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -271,6 +272,11 @@ def test_threads_do_not_disturb_each_other():
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello yourself"}]
     chats = [turns * (1 + i % 7) for i in range(400)]
     expected = [encode_chat(TOKENIZER, chat) for chat in chats[:7]]
-    with ThreadPoolExecutor(16) as pool:
-        results = list(pool.map(lambda chat: encode_chat(TOKENIZER, chat), chats))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns in the middle of everything
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(lambda chat: encode_chat(TOKENIZER, chat), chats))
+    finally:
+        sys.setswitchinterval(before)
     assert all(result == expected[i % 7] for i, result in enumerate(results))
