@@ -56,6 +56,8 @@ class GrowingLayer(DynamicLayer):
         length = past_length + new.shape[-2]
         buffer = self._buffers.get(name)
         extends = buffer is not None and past.data_ptr() == buffer.data_ptr() and past.shape[0] == buffer.shape[0]
+        # what was made under `torch.inference_mode` cannot be written to outside
+        extends = extends and (torch.is_inference_mode_enabled() or not buffer.is_inference())
         if not extends or length > buffer.shape[-2]:
             batch, heads, _, width = new.shape
             capacity = length + max(_LEAST_ROOM, length // 2)
@@ -290,7 +292,8 @@ class NSACacheLayer(GrowingLayer):
                 states.new_zeros(*self.keys.shape[:2], missing, states.shape[-1]) for states in (keys, values)
             )
             self.compressed = self._append_all(("compressed.keys", "compressed.values"), self.compressed, room)
-        if torch.is_grad_enabled() and keys.requires_grad:
+        frozen = self.compressed[0].is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or (torch.is_grad_enabled() and keys.requires_grad):
             self.compressed = tuple(states.clone() for states in self.compressed)
         for states, new in zip(self.compressed, (keys, values), strict=True):
             states[rows, :, first:stop] = new

@@ -1001,7 +1001,7 @@ def _restarts(position_ids: torch.Tensor | None) -> bool:
 def _count(layer: DeepseekDecoderLayer, balance_loss: torch.Tensor | None, load: torch.Tensor | None) -> list:
     """Notes a layer's load at its router; the balance loss comes back in a list, empty where there is none."""
     if load is not None:
-        layer.mlp.gate.count_load(load)
+        layer.mlp.count_load(load)
     return [] if balance_loss is None else [balance_loss]
 
 

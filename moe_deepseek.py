@@ -48,7 +48,9 @@ def _select_in_best_groups(scores: torch.Tensor, rate: Callable, router: "Deepse
     if router.topk_group < router.n_group:
         grouped = scores.unflatten(-1, (router.n_group, -1))  # [N, G, E/G]
         best_groups = rate(grouped).topk(router.topk_group, dim=-1, sorted=False).indices  # [N, topk_group]
-        excluded = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best_groups, False)  # [N, G]
+        # a tensor of False, for with a number scatter cannot be traced
+        none = torch.zeros_like(best_groups, dtype=torch.bool)
+        excluded = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best_groups, none)  # [N, G]
         # -inf, not 0: biased scores can be negative, and a 0 would then beat an expert of a chosen group
         scores = grouped.masked_fill(excluded[..., None], float("-inf")).flatten(-2)  # [N, E]
     return scores.topk(router.top_k, dim=-1, sorted=False).indices  # [N, P]
@@ -196,6 +198,8 @@ class DeepseekExperts(nn.Module):
         Returns:
             [N, D], the weighted sum over each token's experts.
         """
+        if torch.jit.is_tracing():  # as for compilers; a trace of the loop would keep the experts of its example
+            return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, hidden_states, top_k_index, top_k_weights)
         if torch.compiler.is_compiling():  # the loop below depends on the data, which cannot be one graph
             return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         num_tokens, top_k = top_k_index.shape
@@ -275,7 +279,15 @@ class DeepseekMoE(nn.Module):
             if config.n_shared_experts
             else None
         )
+        self.score = SCORES[config.scoring_func]
         self.aux_loss_alpha = config.aux_loss_alpha
+
+    def count_load(self, load: torch.Tensor):
+        """Notes tokens per expert, float32 [E], at the router: at the active one of wrappers that have several."""
+        gate = self.gate
+        if not hasattr(gate, "count_load"):  # a wrapper that passes no attributes on
+            gate = next(module for module in gate.modules() if hasattr(module, "count_load"))
+        gate.count_load(load)
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
@@ -304,7 +316,7 @@ class DeepseekMoE(nn.Module):
             chosen = chosen * token_mask[..., None]
         balance_loss = None
         if self.aux_loss_alpha:
-            scores = self.gate.score(logits).view(*shape[:2], -1)  # [B, S, E]
+            scores = self.score(logits).view(*shape[:2], -1)  # [B, S, E]
             balance_loss = sequence_balance_loss(scores, chosen, token_mask)
         return output, balance_loss, chosen.sum(dim=(0, 1))
 

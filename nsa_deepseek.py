@@ -11,6 +11,7 @@ key/value head. Of the paper's letters, l is `block`, d `stride`, l' `select_blo
 A position counts a document's own tokens from 0: left padding has none, and each packed document starts again.
 """
 
+import functools
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -195,6 +196,17 @@ class _Window(NamedTuple):
         )
 
 
+def without_autocast(backward):
+    """Decorates a backward pass that chooses its dtypes itself, should it be called inside `torch.autocast`."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *gradients):
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return wrapper
+
+
 class _TiledAttention(torch.autograd.Function):
     """Attention in which a tile of queries sees one range of keys; the backward computes the probabilities again.
 
@@ -222,6 +234,7 @@ class _TiledAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad_output):
         query, key, value = ctx.saved_tensors
         scaling = ctx.arguments[0]
@@ -401,6 +414,7 @@ class _SelectedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad_output):
         query, key, value, blocks, output, log_sum_exp = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))

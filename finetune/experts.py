@@ -58,7 +58,7 @@ def measure_routing(
     Returns:
         Layer number -> routing; empty for a model without routed experts. Multi-token-prediction modules do not run.
     """
-    routers = {module.layer_idx: module for module in model.modules() if hasattr(module, "expert_load")}
+    routers = {module.layer_idx: module for module in model.modules() if "expert_load" in vars(module)}
     gate_sums, token_sums, real = {}, {}, None
 
     def note(layer: int, num_experts: int):

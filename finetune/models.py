@@ -147,7 +147,7 @@ def _freeze_for_full(model: PreTrainedModel, train_router: bool, mtp: bool, inde
     model.requires_grad_(True)
     first_mtp = model.config.num_hidden_layers
     for name, module in model.named_modules():
-        if hasattr(module, "expert_load") and not train_router:
+        if "expert_load" in vars(module) and not train_router:
             module.requires_grad_(False)
         if name.endswith(".indexer") and not indexer:
             module.requires_grad_(False)

@@ -152,14 +152,13 @@ def test_a_compiled_prompt_does_not_see_the_future(family, cache, padded):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(family, dtype, length):
     """Mixed precision over float32 weights: training with all losses, evaluation and generation run, near float32's."""
-    if family == "nsa":
-        pytest.skip("its backward under autocast is an open fault")
     model, tokens = make_model(family), make_tokens(2, length)
     expected = model(tokens, labels=tokens).loss
     with torch.autocast("cpu", dtype=dtype):
         assert_close(model(tokens, labels=tokens).loss.float(), expected, "loss", atol=0.15)
         model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=2)
         loss = model.train()(tokens, labels=tokens).loss
+        loss.backward(retain_graph=True)  # inside, as some trainers do, and outside
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -342,3 +341,73 @@ def test_packed_documents_take_no_cache(family):
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     with pytest.raises(ValueError, match="documents that do not see each other"):
         model(tokens, position_ids=positions, past_key_values=DynamicCache(config=model.config))
+
+
+def names_to_adapt(family: str) -> tuple[set[str], set[str]]:
+    """The last names of all Linear modules, and the last two of all matrices and stacks of them."""
+    model = make_model(family)
+    modules = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    parameters = {
+        name.split(".", 3)[-1] for name, p in model.named_parameters() if ".layers." in name and p.ndim in (2, 3)
+    }
+    return modules, {name for name in parameters if "compress" not in name}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_module_and_parameter_may_have_lora(family):
+    """One training step gives each adapter a gradient, whatever PEFT is told to wrap."""
+    tokens = make_tokens(2, 40)
+    modules, parameters = names_to_adapt(family)
+    targets = [{"target_modules": [name]} for name in sorted(modules)]
+    targets += [{"target_modules": [], "target_parameters": [name]} for name in sorted(parameters)]
+    assert len(targets) > 8
+    for target in targets:
+        model = peft.get_peft_model(make_model(family), peft.LoraConfig(r=2, init_lora_weights=False, **target))
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        adapters = [(name, p) for name, p in model.named_parameters() if "lora_" in name]
+        assert adapters, target
+        for name, parameter in adapters:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+        model.get_base_model().update_router_bias()
+        model.eval().generate(input_ids=tokens[:, :5], max_new_tokens=2, pad_token_id=2)
+
+
+# Caches and graphs
+
+
+@pytest.mark.parametrize(
+    "make", [lambda config: DynamicCache(config=config), lambda config: None], ids=["own", "made"]
+)
+def test_a_cache_of_inference_mode_is_continued_outside(family, make):
+    model, tokens = make_model(family), make_tokens(2, 40)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    with torch.inference_mode():
+        cache = model(tokens[:, :30], past_key_values=make(model.config), use_cache=True).cache
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in (tokens[:, 30:31], tokens[:, 31:])]
+    assert_close(torch.cat(parts, dim=1), expected[:, 30:], "logits")
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v2", "v3"])
+@torch.no_grad()
+def test_traced_models_route_what_they_are_given(family):
+    """torch.jit.trace, as OpenVINO and Neuron use it: experts are those of the input, not of the example."""
+    model = make_model(family).requires_grad_(False)
+    traced = torch.jit.trace(lambda x: model(x, use_cache=False).logits, (make_tokens(2, 12),), check_trace=False)
+    for tokens in (make_tokens(2, 12, seed=1), make_tokens(2, 12, seed=2)):
+        assert_close(traced(tokens), model(tokens).logits, "logits")
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v2", "v3"])
+@torch.no_grad()
+def test_exported_models(family):
+    """torch.export, with a dynamic length."""
+    model = make_model(family)
+    length = torch.export.Dim("length", min=2, max=200)
+    exported = torch.export.export(
+        model, (make_tokens(2, 12),), {"use_cache": False}, dynamic_shapes=[{1: length}, None], strict=False
+    ).module()
+    for tokens in (make_tokens(2, 12, seed=1), make_tokens(2, 40, seed=2)):
+        assert_close(exported(tokens, use_cache=False).logits, model(tokens).logits, "logits")
