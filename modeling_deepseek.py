@@ -471,7 +471,9 @@ class DeepseekMLA(nn.Module):
         rows = torch.stack((torch.zeros_like(signs), 3 * signs))  # [2, C]
         image, others = self.kv_b_proj(torch.cat((identity, rows))).split((width, 2))
         if self.training:
-            return image.T  # dropout in an adapter makes rows differ
+            # Dropout in an adapter makes rows differ, so a bias is told by being there; it may be zero yet, but learns.
+            has_bias = any(getattr(module, "bias", None) is not None for module in self.kv_b_proj.modules())
+            return None if has_bias else image.T
         differences = (others - rows @ image).detach().abs().amax(dim=1)  # [2]
         # quantised modules may compute in bfloat16, whatever they are given; zero is exact in every dtype
         rounding = 4 * torch.finfo(torch.bfloat16).eps * (rows.abs() @ image.detach().abs()).max()

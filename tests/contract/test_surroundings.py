@@ -285,6 +285,25 @@ def test_adapters_with_selected_tokens_are_right_or_refused(adapter):
             assert_close(model.merge_and_unload()(tokens).logits, expected, "merged", atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["v2_lite", "v3"])
+@pytest.mark.parametrize("adapter", ["lora_bias", "bias"])
+def test_a_bias_on_kv_b_proj_is_right_with_a_cache_in_training(family, adapter):
+    assert_cached_equals_uncached(adapted(family, adapter).train(), make_tokens(2, 30))
+
+
+@pytest.mark.parametrize("adapter", ["lora_bias", "bias"])
+@pytest.mark.parametrize("scale", [0.0, 1.0], ids=["zero yet", "learned"])
+def test_a_bias_on_kv_b_proj_is_refused_with_selected_tokens_in_training(adapter, scale):
+    """From the first step, when it is zero and values cannot tell that it is there: it would get wrong gradients."""
+    model, tokens = adapted("v32", adapter).train(), make_tokens(2, 30)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "kv_b_proj" in name and name.endswith("bias"):
+                parameter *= scale
+    with pytest.raises(ValueError, match="needs the matrix of `kv_b_proj`"):
+        model(tokens, labels=tokens)
+
+
 # Gradient accumulation
 
 
