@@ -1018,6 +1018,8 @@ def _share_of_step(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int
     """
     if num_items_in_batch is None:
         return 1.0
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(targets.device)
     return (targets != -100).sum() / num_items_in_batch
 
 
@@ -1096,7 +1098,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
                 loss = loss + self.config.mtp_loss_weight * mtp_loss
                 aux_loss = _total([part for part in (aux_loss, mtp_aux_loss) if part is not None])
                 index_loss = _total([part for part in (index_loss, mtp_index_loss) if part is not None])
-            share = _share_of_step(kwargs.get("shift_labels", labels[..., 1:]), kwargs.get("num_items_in_batch"))
+            targets = kwargs.get("shift_labels", labels[..., 1:]).to(loss.device)
+            share = _share_of_step(targets, kwargs.get("num_items_in_batch"))
             if aux_loss is not None:
                 loss = loss + self.config.aux_loss_alpha * share * aux_loss.to(loss.device)
             if index_loss is not None:
