@@ -702,13 +702,14 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             ValueError: a shard is missing, truncated or no safetensors file; the message names the file.
         """
         if config is None:
-            # Reading the config uses up what says where it is, which the weights need too; the dtype is theirs alone.
+            # Reading the config uses up what says where it is, which the weights need too; dtypes are theirs alone.
             where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+            own = ("dtype", "torch_dtype", "quantization_config")
+            precision = {name: kwargs.pop(name) for name in own if name in kwargs}
             config, unused = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-            kwargs = unused | where | dtype
+            kwargs = unused | where | precision
         if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         config = copy.deepcopy(config)
@@ -750,6 +751,19 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     pretrained_model_name_or_path, **files.where
                 )
         return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers, under the model's own class: a class that a library puts in its place (as FSDP2 does) would
+        have the library's files copied as model code, and be named in config.json."""
+        given = type(self)
+        own = next(cls for cls in given.__mro__ if cls.__module__.split(".")[0] not in ("torch", "accelerate"))
+        if own is not given:
+            self.__class__ = own
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            if own is not given:
+                self.__class__ = given
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Where the user does not say: our own loop on CPUs, where it is faster, and transformers' choice elsewhere."""

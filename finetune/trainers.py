@@ -16,7 +16,6 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -87,8 +86,7 @@ class DeepseekTrainerMixin:
 
     def _save(self, output_dir=None, state_dict=None):
         if self.options.method != "esft":
-            with _plain_class(self.model):
-                return super()._save(output_dir, state_dict)
+            return super()._save(output_dir, state_dict)
         if self.args.should_save:
             save_esft(self.model, Path(output_dir or self.args.output_dir), self.model.name_or_path)
         return None
@@ -215,19 +213,6 @@ def _reference_of_class(cls: type, args):
         args.model_init_kwargs = None
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _plain_class(model: nn.Module):
-    """While it is saved, a model sharded by FSDP2 has its own class again: custom code is copied from the class's file, and
-    FSDP2's subclass would have torch's instead."""
-    sharded = type(model)
-    if issubclass(sharded, FSDPModule):
-        model.__class__ = next(c for c in sharded.__mro__[1:] if not issubclass(c, FSDPModule))
-    try:
-        yield
-    finally:
-        model.__class__ = sharded
 
 
 def has_own_losses(model: nn.Module) -> bool:

@@ -1,17 +1,19 @@
 """Makes an existing checkpoint folder use this repository's model code.
 
     python tools/add_remote_code.py path/to/DeepSeek-V2-Lite
+    python tools/add_remote_code.py path/to/DeepSeek-V2-Lite --from someone/this-repository-on-the-hub
     python tools/add_remote_code.py path/to/DeepSeek-V2-Lite --remove
 
 Copies the code files beside the weights and points `auto_map` in config.json at them, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads this implementation. Weights and tokenizer
-are not touched. What was there before is kept in `.before_remote_code/`, from where `--remove` puts it back.
+are not touched. With `--from`, `auto_map` names the repository on the Hub that has the code, and none is copied. What was there before is kept in `.before_remote_code/`, from where `--remove` puts it back.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -54,13 +56,25 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def add(folder: Path) -> list[str]:
-    """Copies the code, sets `auto_map`; returns what was done, a line each. Doing it again refreshes the code."""
+def add(folder: Path, repository: str | None = None) -> list[str]:
+    """Copies the code, sets `auto_map`; returns what was done, a line each. Doing it again refreshes the code.
+
+    Args:
+        repository: name on the Hub of a copy of this repository; its code is then used, and none copied.
+
+    Raises:
+        ValueError: the folder is this repository, or no checkpoint of this family; or a wrong name.
+    """
+    if folder.resolve() == ROOT:
+        raise ValueError(f"{folder} is this repository, which has the code already; name another checkpoint's folder.")
+    if repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"--from is {repository!r}; it must be a repository's name on the Hub, owner/name.")
     config = read_config(folder)
     backup = folder / BACKUP
     done = []
+    files = code_files() if repository is None else []
     if not backup.exists():
-        names = ["config.json", *(file.name for file in code_files())]
+        names = ["config.json", *(file.name for file in files)]
         replaced = [name for name in names if (folder / name).exists()]
         staging = folder / f"{BACKUP}.part"
         shutil.rmtree(staging, ignore_errors=True)
@@ -69,10 +83,12 @@ def add(folder: Path) -> list[str]:
             shutil.copy2(folder / name, staging / name)
         os.replace(staging, backup)
         done.append(f"kept the former {', '.join(replaced)} in {BACKUP}/")
-    for file in code_files():
+    for file in files:
         shutil.copy2(file, folder / file.name)
-    done.append(f"copied {', '.join(file.name for file in code_files())}")
-    config["auto_map"] = AUTO_MAP
+    if files:
+        done.append(f"copied {', '.join(file.name for file in files)}")
+    prefix = "" if repository is None else f"{repository}--"
+    config["auto_map"] = {auto: prefix + name for auto, name in AUTO_MAP.items()}
     write_json(folder / "config.json", config)
     done.append("set auto_map in config.json: " + ", ".join(AUTO_MAP))
     return done
@@ -87,14 +103,14 @@ def remove(folder: Path) -> list[str]:
     backup = folder / BACKUP
     if not backup.is_dir():
         raise ValueError(f"{folder} has no {BACKUP}/, so this tool did not add code to it; there is nothing to undo.")
-    names = [file.name for file in code_files()]
+    names = [file.name for file in code_files() if (folder / file.name).exists()]
     for name in names:
-        (folder / name).unlink(missing_ok=True)
+        (folder / name).unlink()
     restored = sorted(file.name for file in backup.iterdir())
     for name in restored:
         os.replace(backup / name, folder / name)
     backup.rmdir()
-    return [f"removed {', '.join(names)}", f"put back {', '.join(restored)}"]
+    return [f"removed {', '.join(names) or 'no code'}", f"put back {', '.join(restored)}"]
 
 
 def write_json(path: Path, content: dict):
@@ -109,6 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0], epilog="Weights and tokenizer files are never touched."
     )
     parser.add_argument("checkpoint_dir", type=Path, help="folder with config.json and weights")
+    parser.add_argument(
+        "--from", dest="repository", metavar="OWNER/NAME", help="use the code of this repository on the Hub, copy none"
+    )
     parser.add_argument("--remove", action="store_true", help="undo: restore the folder as it was")
     return parser
 
@@ -116,7 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
-        for line in (remove if arguments.remove else add)(arguments.checkpoint_dir):
+        folder = arguments.checkpoint_dir
+        for line in remove(folder) if arguments.remove else add(folder, arguments.repository):
             print(line)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from checks import assert_close, run_python
 from deepseek_repo import loading_deepseek, modeling_deepseek
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, FineGrainedFP8Config
 
 try:
     from transformers.integrations import finegrained_fp8
@@ -216,3 +216,17 @@ print((peak - before) * 1024)
 """
     )
     assert int(printed.split()[-1]) < 1.7 * size, f"peak {int(printed.split()[-1]) / size:.2f} times the model"
+
+
+@pytest.mark.skipif(finegrained_fp8 is None, reason="this transformers wants Triton for its FP8 configuration")
+def test_a_quantization_config_given_to_the_class_itself(fp8_checkpoint):
+    """As through AutoModel, which reads the config by itself."""
+    folder, _ = fp8_checkpoint()
+    config = DeepseekForCausalLM.config_class.from_pretrained(folder)
+    given = FineGrainedFP8Config(dequantize=True)
+    expected = DeepseekForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, quantization_config=given
+    )
+    actual = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=given)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[name], weight), name

@@ -6,8 +6,10 @@ import json
 import pytest
 import tiny
 import torch
-from checks import ROOT, assert_close
+from checks import ROOT, assert_close, run_python
+from conftest import copy_code
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 spec = importlib.util.spec_from_file_location("add_remote_code", ROOT / "tools" / "add_remote_code.py")
 tool = importlib.util.module_from_spec(spec)
@@ -78,3 +80,44 @@ def test_refuses_what_it_does_not_know(tmp_path, capsys, config, message):
 def test_remove_without_add_is_refused(folder, capsys):
     assert tool.main([str(folder), "--remove"]) == 1
     assert "nothing to undo" in capsys.readouterr().err
+
+
+def test_the_repository_itself_is_left_alone(capsys):
+    before = sorted(path.name for path in ROOT.iterdir())
+    assert tool.main([str(ROOT)]) == 1
+    assert "has the code already" in capsys.readouterr().err
+    assert sorted(path.name for path in ROOT.iterdir()) == before
+
+
+def test_code_from_the_hub(folder, tmp_path, capsys):
+    """`auto_map` names a repository that has the code, and the folder gets none."""
+    before = contents(folder)
+    assert tool.main([str(folder), "--from", "someone/code"]) == 0
+    assert not list(folder.glob("*.py"))
+    repository, commit = tmp_path / "home" / "hub" / "models--someone--code", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    copy_code(repository / "snapshots" / commit)
+    printed = run_python(
+        f"""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+print(type(model).__module__)
+""",
+        HF_HOME=str(tmp_path / "home"),
+    )
+    assert "transformers_modules.someone" in printed
+    assert tool.main([str(folder), "--remove"]) == 0
+    assert contents(folder) == before
+    assert tool.main([str(folder), "--from", "no name"]) == 1
+    assert "owner/name" in capsys.readouterr().err
+
+
+def test_the_readmes_lines(folder):
+    """A published checkpoint in this code, without changing it."""
+    before = contents(folder)
+    model_class = get_class_from_dynamic_module("modeling_deepseek.DeepseekForCausalLM", str(ROOT))
+    model, report = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert type(model).__name__ == "DeepseekForCausalLM"
+    assert contents(folder) == before
