@@ -111,13 +111,21 @@ def test_two_processes_train_as_one(workspace, checkpoint, tmp_path, config, opt
     _train(*shared, tmp_path / "stopped", config, "--optimizer", optimizer, "--resume")
     _assert_alike(tmp_path / "stopped", tmp_path / "one", tolerance)
 
-    one, two = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-model", trust_remote_code=True).state_dict()
-        for name in ("one", "two")
+    # AdamW divides a gradient by its own size, so noise about zero becomes a whole step in a few entries: what the training
+    # changed is compared as a vector, matrix by matrix and as a whole.
+    start, one, two = (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).state_dict()
+        for folder in (model_dir, tmp_path / "one-model", tmp_path / "two-model")
     )
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=5e-3, rtol=2e-2)  # stored in bfloat16
+    assert start.keys() == one.keys() == two.keys()
+    changes = {name: one[name] - start[name] for name in one}
+    for name, change in changes.items():
+        assert torch.linalg.vector_norm(two[name] - one[name]) <= 0.3 * torch.linalg.vector_norm(change), name
+    apart, changed = (
+        torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        for tensors in ([two[name] - one[name] for name in one], changes.values())
+    )
+    assert apart <= 0.05 * changed
 
 
 def test_zero3_declares_the_mixture_as_a_leaf(monkeypatch):
