@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-versions test-kernels lint format clean
+.PHONY: demo test test-slow test-versions test-vllm test-kernels compatibility lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) demo.py
@@ -25,6 +25,29 @@ test-versions: $(TRANSFORMERS:%=test-transformers-%)
 test-transformers-%: $(VENV)-transformers-%/installed
 	$(VENV)-transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	$(VENV)-transformers-$*/bin/python -m pytest -n $(WORKERS) tests/unit tests/contract tests/parity
+
+# What people do around the model, family by family and release by release: runs the tests marked `compatibility` on each
+# release and writes docs/compatibility.md.
+PINNED = $(shell sed -n 's/^transformers==\([0-9.]*\).*3.11.*/\1/p' requirements.txt | head -1)
+COMPATIBILITY := benchmarks/results/compatibility
+compatibility: $(VENV)/installed-test $(addprefix compatibility-,5.6.0 5.12.1 5.17.0 5.19.0 newest)
+	$(RUN) -m pytest -n $(WORKERS) -m "not gpu" --compatibility $(COMPATIBILITY)/pinned.json
+	$(RUN) docs/draw_compatibility.py $(COMPATIBILITY)/*.json --pinned $(PINNED)
+
+compatibility-%: $(VENV)-transformers-%/installed
+	$(VENV)-transformers-$*/bin/python -m pytest -n $(WORKERS) -m "not gpu" tests/unit tests/contract tests/parity \
+		--compatibility $(COMPATIBILITY)/$*.json
+
+# vLLM's build for CPUs on this repository's checkpoints, in an environment of its own (3.5 GB). The three packages that go
+# are builds for another PyTorch, which vLLM does not need for text.
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -m pytest tests/engines
+
+$(VENV)-vllm/installed: requirements-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # GPU kernels without a GPU: in Triton's interpreter, then through its compiler. Triton is a download of 285 MB.
 test-kernels: $(VENV)/installed
@@ -57,4 +80,4 @@ $(VENV)-transformers-%/installed: requirements-versions.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-* $(VENV)-vllm .pytest_cache .ruff_cache .hypothesis

@@ -12,19 +12,22 @@ import time
 import warnings
 from pathlib import Path
 
-from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer, TrainerCallback
-from transformers.utils import logging
+from common.extras import extra
 
-from finetune.config import SFTOptions
-from finetune.data import pad_token, write_jsonl
-from finetune.evaluate import Answer, answer_all, score
-from finetune.models import load_model
-from finetune.problems import number_problems
+with extra("train"):
+    from accelerate.utils import set_seed
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase, TextStreamer, TrainerCallback
+    from transformers.utils import logging
+
+    from finetune.config import SFTOptions
+    from finetune.data import pad_token, write_jsonl
+    from finetune.evaluate import Answer, answer_all, score
+    from finetune.models import load_model
+    from finetune.problems import number_problems
 
 PROMPTS = {"English": "It was a fine morning, and the old man", "Chinese": "话说那日天色已晚，"}
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}

@@ -14,12 +14,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
+from common.extras import extra
 
-from common.loading import load_config, new_model
-from pretrain.cost import body_parameters
-from tools.add_remote_code import AUTO_MAP, code_files
+with extra("train"):
+    import torch
+    from transformers import PreTrainedModel
+
+    from common.loading import load_config, new_model
+    from pretrain.cost import body_parameters
+    from tools.add_remote_code import AUTO_MAP, code_files
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tokenization.plain import PlainEncoder, check_unicode
 
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "prefix")
 _PLACEHOLDER = "\ue000{}\ue001"  # private-use characters, which the template itself has none of
 _RENDERING = threading.Lock()  # transformers compiles a template once, and notes the assistant's spans in it
 _PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
@@ -39,7 +39,7 @@ def encode_chat(
         tokenizer: with the chat template of this repository; other templates do if they only place the texts.
         messages: `role` (system, user, assistant, tool), `content`, and for an assistant `reasoning_content` and
             `tool_calls`; `tool_call_id` and `name` are allowed and not rendered. What an assistant's content holds up to
-            `</think>` is left out, as the template does.
+            `</think>` is left out. An assistant's `prefix` says that a thought is to be continued, see the template.
         tools: JSON schemas of functions.
         thinking, add_generation_prompt: as in `apply_chat_template`.
 
@@ -135,6 +135,12 @@ def _mark_message(message: object, name: str, texts: list[str]) -> dict:
     if role != "assistant" and (calls is not None or message.get("reasoning_content") is not None):
         raise ValueError(f"{name} by {role} has tool_calls or reasoning_content; only an assistant's message may")
     marked: dict = {"role": role}
+    if message.get("prefix") is not None:
+        if role != "assistant" or not isinstance(message["prefix"], bool):
+            raise ValueError(
+                f"{name}.prefix is {message['prefix']!r} by {role}; only an assistant's message may have it, as true or false"
+            )
+        marked["prefix"] = message["prefix"]
     if content is not None or not calls:
         if role == "assistant" and isinstance(content, str):
             content = content.split("</think>", 1)[-1]

@@ -113,6 +113,7 @@ def test_meaning_of_the_dense_and_the_first_moe_file(tmp_path):
     assert not hasattr(moe, "rope_interleave")
 
 
+@pytest.mark.compatibility("files in DeepSeek's own format")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_names_the_published_class(family, tmp_path):
     make_model(family).save_pretrained(tmp_path)
@@ -367,6 +368,7 @@ def test_what_engines_ask_for(family):
 # Readers of what is saved
 
 
+@pytest.mark.compatibility("`Trainer`, resumed")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_resumes(family, tmp_path):
     """It reads the checkpoint's config.json as a plain PreTrainedConfig."""

@@ -4,10 +4,12 @@ import pytest
 import torch
 from deepseek_repo.compat_deepseek import HAS_PAGED_CACHE
 from tiny import MAIN_FAMILIES, make_model, make_tokens
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 
-if not HAS_PAGED_CACHE:
-    pytest.skip("before transformers 5.19 it is refused (test_releases.py)", allow_module_level=True)
+if HAS_PAGED_CACHE:
+    from transformers import ContinuousBatchingConfig
+
+needs_paged_cache = pytest.mark.skipif(not HAS_PAGED_CACHE, reason="came with transformers 5.19")
 
 LENGTHS = (5, 1, 23, 11)
 NEW_TOKENS = 12
@@ -38,15 +40,21 @@ CASES += [
 ]
 
 
+@pytest.mark.compatibility("continuous batching")
 @pytest.mark.parametrize(("family", "attention"), CASES)
-def test_batched_texts_are_those_written_alone(family, attention):
+def test_batched_texts_are_those_written_alone(family, attention, refused):
     model = make_model(family, attention=attention)
+    if not HAS_PAGED_CACHE:
+        with refused(ValueError, match=r"it came with 5\.19"):
+            model.init_continuous_batching()
+        return
     prompts = [make_tokens(1, length, seed=length)[0].tolist() for length in LENGTHS]
     expected = [generate_alone(model, prompt) for prompt in prompts]
     assert len({tuple(tokens) for tokens in expected}) == len(LENGTHS), "the texts are the same, nothing is compared"
     assert generate_batch(model, prompts) == expected
 
 
+@needs_paged_cache
 def test_latents_of_odd_width_and_lora():
     """The paged cache halves a latent, and a kv_b_proj with LoRA has no matrix of its own."""
     from finetune.lora import add_lora
@@ -61,6 +69,7 @@ def test_latents_of_odd_width_and_lora():
     assert generate_batch(model, prompts) == [generate_alone(model, prompt) for prompt in prompts]
 
 
+@needs_paged_cache
 def test_the_paged_cache_holds_latents():
     model = make_model("v3")
     manager = model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(num_blocks=8))
@@ -72,12 +81,15 @@ def test_the_paged_cache_holds_latents():
     assert config.head_dim == config.qk_rope_head_dim, "the model's own config has changed"
 
 
+@pytest.mark.compatibility("continuous batching")
+@needs_paged_cache
 @pytest.mark.parametrize("family", ["v32", "nsa"])
-def test_sparse_attention_is_refused(family):
-    with pytest.raises(ValueError, match="paged cache"):
+def test_sparse_attention_is_refused(family, refused):
+    with refused(ValueError, match="paged cache"):
         make_model(family).init_continuous_batching()
 
 
+@needs_paged_cache
 def test_kernels_without_masks_are_refused():
     model = make_model("v3")
     with pytest.raises(ValueError, match="auto_switch_to_flash=False"):

@@ -44,6 +44,7 @@ def test_shapes_and_dtypes(name):
     assert_close(model.lm_head(states), outputs.logits, "lm_head of the last states")
 
 
+@pytest.mark.compatibility("`logits_to_keep`")
 @pytest.mark.parametrize("kept", [1, 4, torch.tensor([0, 5, 7])], ids=["1", "4", "indices"])
 def test_logits_to_keep(family, kept):
     model, tokens = make_model(family), make_tokens(2, 9)
@@ -51,6 +52,7 @@ def test_logits_to_keep(family, kept):
     assert_close(model(tokens, logits_to_keep=kept).logits, expected)
 
 
+@pytest.mark.compatibility("`inputs_embeds`")
 def test_inputs_embeds(family):
     model, tokens = make_model(family), make_tokens(2, 9)
     embeds = model.get_input_embeddings()(tokens)
@@ -64,11 +66,13 @@ def test_tuple_outputs(family):
     assert_close(logits, model(tokens).logits)
 
 
+@pytest.mark.compatibility("eager and SDPA attention")
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_sdpa_agrees_with_eager(family, padded):
     compare_with_eager(family, "sdpa", padded)
 
 
+@pytest.mark.compatibility("FlexAttention")
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize(
     "family", [name if name == "v3" else pytest.param(name, marks=pytest.mark.slow) for name in MAIN_FAMILIES]
@@ -86,6 +90,7 @@ def compare_with_eager(family, attention, padded):
     assert_close(actual[mask.bool()], expected[mask.bool()], attention)
 
 
+@pytest.mark.compatibility("hidden states and attention maps")
 def test_recorded_outputs(family):
     model, tokens = make_model(family, attention="eager"), make_tokens(2, 9)
     outputs = model(tokens, output_hidden_states=True, output_attentions=True, output_router_logits=True)
@@ -116,6 +121,7 @@ def test_attentions_over_a_cached_past(family, chunk):
 # Caches
 
 
+@pytest.mark.compatibility("growing cache")
 @pytest.mark.parametrize("chunk", [1, 3, ABSORBED_LIMIT, ABSORBED_LIMIT + 1, 20])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_cached_chunks_equal_the_full_forward(family, chunk, attention):
@@ -181,6 +187,7 @@ def test_three_forms_of_mla(family, float_mask, dtype, monkeypatch):
             assert_close(actual_probs, probs, "probabilities", atol=tolerance)
 
 
+@pytest.mark.compatibility("static cache")
 @pytest.mark.parametrize("chunk", [1, ABSORBED_LIMIT + 1])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_static_cache(family, chunk, attention):
@@ -218,6 +225,7 @@ def test_padded_cached_decode(family, make_cache, whole_mask):
     assert_close(torch.cat(logits, dim=1)[1:, 5:], alone)
 
 
+@pytest.mark.compatibility("cutting a cache back")
 def test_crop_and_go_on(family):
     model, tokens = make_model(family), make_tokens(1, 20)
     cache = model(tokens).past_key_values
@@ -229,6 +237,7 @@ def test_crop_and_go_on(family):
         assert_close(model(other, past_key_values=cache).logits, expected)
 
 
+@pytest.mark.compatibility("training through a cached past")
 @pytest.mark.parametrize("chunk", [1, ABSORBED_LIMIT, ABSORBED_LIMIT + 1])
 def test_training_through_a_cached_past(family, chunk):
     """Gradients of the last tokens' loss, also those that reach the past through the cache."""
@@ -303,6 +312,7 @@ def test_kv_b_proj_of_another_class(family):
 # Rows
 
 
+@pytest.mark.compatibility("left-padded batches")
 def test_left_padding(family):
     model, tokens, mask = make_model(family), make_tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
     tokens[1, :4], mask[1, :4] = 2, 0
@@ -330,6 +340,7 @@ def test_later_tokens_do_not_matter(family):
 # Copies and precision
 
 
+@pytest.mark.compatibility("save and load")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_save_and_load_is_bit_equal(name, tmp_path):
     model = make_model(name)
@@ -345,6 +356,7 @@ def test_save_and_load_is_bit_equal(name, tmp_path):
     assert loaded.config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
 
 
+@pytest.mark.compatibility("shards")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_shards(name, tmp_path):
     """A checkpoint in many files, as the published ones."""
@@ -355,6 +367,7 @@ def test_saved_shards(name, tmp_path):
     assert torch.equal(loaded(make_tokens(1, 8)).logits, model(make_tokens(1, 8)).logits)
 
 
+@pytest.mark.compatibility("`copy.deepcopy`")
 def test_deepcopy(family):
     model, tokens = make_model(family), make_tokens(1, 8)
     expected = model(tokens).logits
@@ -364,6 +377,7 @@ def test_deepcopy(family):
     assert not torch.equal(twin(tokens).logits, expected)
 
 
+@pytest.mark.compatibility("tied embeddings")
 def test_tied_embeddings(family, tmp_path):
     model, tokens = make_model(family, tie_word_embeddings=True), make_tokens(1, 8)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -373,6 +387,7 @@ def test_tied_embeddings(family, tmp_path):
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.compatibility("resized embeddings")
 @pytest.mark.parametrize("size", [140, 100])
 def test_resized_embeddings(family, size, tmp_path):
     model, tokens = make_model(family), make_tokens(1, 8, vocab_size=100)
@@ -387,6 +402,7 @@ def test_resized_embeddings(family, size, tmp_path):
     assert torch.equal(DeepseekForCausalLM.from_pretrained(tmp_path)(tokens).logits, logits)
 
 
+@pytest.mark.compatibility("bfloat16 weights")
 def test_bfloat16(family):
     """bfloat16 has 8 bits: single logits differ, and a token may get another expert. The whole must stay close."""
     tokens = make_tokens(2, 20)
@@ -399,6 +415,7 @@ def test_bfloat16(family):
     assert cosine.median() > 0.995, f"median cosine {cosine.median():.4f}, least {cosine.min():.4f}"
 
 
+@pytest.mark.compatibility("bfloat16 weights")
 @pytest.mark.parametrize("chunk", [1, ABSORBED_LIMIT + 1])
 def test_bfloat16_cached_decode(family, chunk):
     model, tokens = make_model(family).to(torch.bfloat16), make_tokens(2, 30)
@@ -410,6 +427,7 @@ def test_bfloat16_cached_decode(family, chunk):
     assert cosine.median() > 0.995, f"median cosine {cosine.median():.4f}, least {cosine.min():.4f}"
 
 
+@pytest.mark.compatibility("`batched_mm`, `grouped_mm` experts")
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_expert_implementations_agree(family, implementation):
@@ -442,6 +460,7 @@ def test_classification_equals_native(head, native, tmp_path):
     assert_close(actual[rows], expected[rows])
 
 
+@pytest.mark.compatibility("sequence and token classification")
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 def test_classification_trains(family, head):
     model, tokens = make_model(family, head=head, num_labels=3).train(), make_tokens(6, 10)

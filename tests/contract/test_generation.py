@@ -23,6 +23,7 @@ def plain_greedy(model, prompt: torch.Tensor, count: int = 16) -> torch.Tensor:
     return ids
 
 
+@pytest.mark.compatibility("`generate`, greedy")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_with_and_without_cache(name):
     model, prompt = make_model(name), make_tokens(2, 12)
@@ -31,6 +32,7 @@ def test_greedy_with_and_without_cache(name):
     assert torch.equal(model.generate(prompt, use_cache=False, **SETTINGS), expected)
 
 
+@pytest.mark.compatibility("chunked prefill, assisted decoding")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -57,6 +59,7 @@ def test_static_cache_in_batches(family):
     assert torch.equal(actual, plain_greedy(model, prompt))
 
 
+@pytest.mark.compatibility("`generate`, left-padded batch")
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static", "disable_compile": True}])
 def test_left_padded_batch(family, settings):
     model, prompt, mask = make_model(family), make_tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
@@ -66,6 +69,7 @@ def test_left_padded_batch(family, settings):
     assert torch.equal(actual[1:, 9:], plain_greedy(model, prompt[1:, 9:]))
 
 
+@pytest.mark.compatibility("`generate`, beams")
 @pytest.mark.parametrize("prefill_chunk_size", [None, 9])
 def test_beam_search(family, prefill_chunk_size):
     model, prompt = make_model(family), make_tokens(2, 20)
@@ -75,6 +79,7 @@ def test_beam_search(family, prefill_chunk_size):
     assert not torch.equal(expected[::2, :36], plain_greedy(model, prompt)), "beams never left the greedy path"
 
 
+@pytest.mark.compatibility("`generate`, sampling")
 def test_sampling_uses_the_same_logits(family):
     model, prompt = make_model(family), make_tokens(2, 12)
     settings = {**SETTINGS, "do_sample": True, "top_k": 0}
@@ -85,6 +90,7 @@ def test_sampling_uses_the_same_logits(family):
     assert not torch.equal(expected, plain_greedy(model, prompt))
 
 
+@pytest.mark.compatibility("`generate` from a cache")
 def test_going_on_from_a_cache(family):
     """A chat: the next turn (longer than MLA's absorbed limit) is generated from the cache of the last."""
     model, prompt, turn = make_model(family), make_tokens(1, 12), make_tokens(1, 11, seed=1)
@@ -94,6 +100,7 @@ def test_going_on_from_a_cache(family):
     assert torch.equal(actual, plain_greedy(model, longer))
 
 
+@pytest.mark.compatibility("`generate` from embeddings")
 def test_generate_from_embeddings(family):
     model, prompt = make_model(family), make_tokens(2, 12)
     embeds = model.get_input_embeddings()(prompt)
@@ -107,6 +114,7 @@ def test_generate_in_training_mode(family):
     assert torch.equal(actual, plain_greedy(model.eval(), prompt))
 
 
+@pytest.mark.compatibility("`generate`, compiled, static cache")
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_compiled_static_decode(family, padded):

@@ -37,6 +37,7 @@ def test_device_map_of_one_device(family, tmp_path):
     compare(family, DeepseekForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
 
 
+@pytest.mark.compatibility("`device_map` with disk")
 def test_device_map_with_disk(family, tmp_path):
     make_model(family).save_pretrained(tmp_path / "model")
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -49,6 +50,7 @@ def test_device_map_with_disk(family, tmp_path):
     compare(family, model)
 
 
+@pytest.mark.compatibility("`cpu_offload`")
 def test_cpu_offload(family):
     model = make_model(family)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
@@ -56,12 +58,14 @@ def test_cpu_offload(family):
     compare(family, model)
 
 
+@pytest.mark.compatibility("`disk_offload`")
 def test_disk_offload(family, tmp_path):
     model = make_model(family)
     accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     compare(family, model)
 
 
+@pytest.mark.compatibility("`generate`, offloaded")
 def test_generate_offloaded(family, tmp_path):
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     expected = make_model(family).generate(make_tokens(2, 9), **settings)

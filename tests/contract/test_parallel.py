@@ -70,6 +70,7 @@ def compare(family: str, results: dict):
     assert torch.equal(results["generated"], generated)
 
 
+@pytest.mark.compatibility("tensor parallelism")
 @pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v3", "v32", "nsa"])
 def test_tensor_parallel(family, tmp_path):
     results = run_two(family, "tensor", tmp_path)
@@ -80,6 +81,7 @@ def test_tensor_parallel(family, tmp_path):
     assert_gradients_close(results["gradients"], gradients(model))
 
 
+@pytest.mark.compatibility("expert parallelism")
 @pytest.mark.parametrize("family", ["deepseek", "v3"])
 def test_expert_parallel(family, tmp_path):
     results = run_two(family, "experts", tmp_path)

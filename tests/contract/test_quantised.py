@@ -61,6 +61,7 @@ def plain_linears(model) -> set[str]:
     }
 
 
+@pytest.mark.compatibility("quantised while loading (torchao, bitsandbytes)")
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int4", "bitsandbytes int8", "bitsandbytes nf4"])
 @pytest.mark.parametrize("family", _ALL)
 def test_quantised_while_loading(family, kind, tmp_path):

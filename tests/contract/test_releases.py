@@ -55,6 +55,7 @@ def test_root_modules_import_little_of_transformers():
                 assert not new, f"{path.name}, line {node.lineno}: {sorted(new)} of {node.module} are not on the list"
 
 
+@pytest.mark.compatibility("`cache` and `past_key_values`")
 @pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_by_either_name(family, name):
@@ -89,6 +90,7 @@ def test_two_caches_under_two_names():
         model(tokens, past_key_values=DynamicCache(), cache=DynamicCache())
 
 
+@pytest.mark.compatibility("seven everyday uses without a warning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_deprecated_in_everyday_use(family, tmp_path, monkeypatch):
     """Neither in training, generating with every kind of cache and drafts, nor in saving and loading."""

@@ -135,6 +135,7 @@ def test_ascii_only(module):
 # Loading
 
 
+@pytest.mark.compatibility("Auto classes, `trust_remote_code`")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_local_folder(family, checkpoint):
     folder, tokens = checkpoint(family), make_tokens(1, 9)

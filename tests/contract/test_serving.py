@@ -38,6 +38,7 @@ def recording():
         registry._global_mapping.pop("engine", None)
 
 
+@pytest.mark.compatibility("attention function of an engine")
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_custom_attention_function_is_called(family, recording):
     model, tokens = make_model(family, attention="engine"), make_tokens(1, 9)

@@ -32,6 +32,7 @@ def saved(model, folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.compatibility("`load_state_dict` of saved files")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("assign", [True, False])
 def test_the_state_of_the_files_is_loaded(family, strict, assign, tmp_path):
@@ -67,6 +68,7 @@ def test_an_expert_of_another_shape_is_named(tmp_path):
         model.load_state_dict(state | {name: torch.zeros(5, 5)})
 
 
+@pytest.mark.compatibility("truncated test models")
 @pytest.mark.parametrize("family", MTP)
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_truncated_model_takes_no_layer_for_a_prediction_module(family, num_layers, tmp_path):
@@ -99,6 +101,7 @@ def test_one_file_goes_before_older_shards(family, tmp_path):
     assert type(model).from_pretrained(tmp_path / "single").config.num_nextn_predict_layers
 
 
+@pytest.mark.compatibility("`pickle`, `torch.save`, copies")
 def test_models_are_pickled(family):
     model, tokens = make_model(family), make_tokens(2, 12)
     stream = io.BytesIO()
@@ -124,6 +127,7 @@ def test_a_router_trained_beside_lora_is_corrected_once():
 # Compilers
 
 
+@pytest.mark.compatibility("`torch.compile`")
 @pytest.mark.parametrize("cache", [None, "dynamic", "static"])
 @pytest.mark.parametrize("padded", [None, False, True], ids=["no mask", "all tokens", "left padding"])
 def test_a_compiled_prompt_does_not_see_the_future(family, cache, padded):
@@ -149,6 +153,7 @@ def test_a_compiled_prompt_does_not_see_the_future(family, cache, padded):
 # Precisions
 
 
+@pytest.mark.compatibility("`autocast` in bfloat16 and float16")
 @pytest.mark.parametrize("length", [9, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(family, dtype, length):
@@ -168,6 +173,7 @@ def test_autocast(family, dtype, length):
 # Losses
 
 
+@pytest.mark.compatibility("prediction loss without targets")
 @pytest.mark.parametrize("family", MTP)
 def test_a_prediction_loss_without_targets_is_zero(family):
     model, tokens = make_model(family).train(), make_tokens(2, 12)
@@ -179,6 +185,7 @@ def test_a_prediction_loss_without_targets_is_zero(family):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.compatibility("labels cut to `logits_to_keep`")
 @pytest.mark.parametrize("family", MTP)
 @pytest.mark.parametrize("kept", [7, torch.tensor([3, 4, 5, 8, 9, 11])], ids=["number", "places"])
 def test_labels_cut_to_the_kept_logits(family, kept):
@@ -238,6 +245,7 @@ def assert_cached_equals_uncached(model, tokens, **kwargs):
     assert_close(torch.cat(parts, dim=1), expected, "logits", atol=1e-3)
 
 
+@pytest.mark.compatibility("any PEFT adapter on `kv_b_proj`")
 @pytest.mark.parametrize("family", ["v2_lite", "v3"])
 @pytest.mark.parametrize("adapter", [*ADAPTERS, "bias", "hook"])
 @torch.no_grad()
@@ -256,6 +264,7 @@ def test_any_adapter_on_kv_b_proj_is_right_with_a_cache(family, adapter):
             assert_cached_equals_uncached(model.merge_and_unload(), tokens)
 
 
+@pytest.mark.compatibility("an adapter for each row")
 @pytest.mark.parametrize("family", ["v2_lite", "v3"])
 @torch.no_grad()
 def test_an_adapter_for_each_row(family):
@@ -271,13 +280,14 @@ def test_an_adapter_for_each_row(family):
         assert torch.equal(together[row], alone[0])
 
 
+@pytest.mark.compatibility("any PEFT adapter on `kv_b_proj`", family="v32")
 @pytest.mark.parametrize("adapter", [*ADAPTERS, "bias", "hook"])
 @torch.no_grad()
-def test_adapters_with_selected_tokens_are_right_or_refused(adapter):
+def test_adapters_with_selected_tokens_are_right_or_refused(adapter, refused):
     """With an indexer there is no other form than the absorbed one."""
     model, tokens = adapted("v32", adapter), make_tokens(2, 30)
     if adapter in NO_MATRIX:
-        with pytest.raises(ValueError, match=r"needs the matrix of `kv_b_proj`.*Leave `kv_b_proj` out"):
+        with refused(ValueError, match=r"needs the matrix of `kv_b_proj`.*Leave `kv_b_proj` out"):
             model(tokens)
     else:
         assert_cached_equals_uncached(model, tokens)
@@ -308,6 +318,7 @@ def test_a_bias_on_kv_b_proj_is_refused_with_selected_tokens_in_training(adapter
 # Gradient accumulation
 
 
+@pytest.mark.compatibility("gradient accumulation")
 @pytest.mark.parametrize("family", ["deepseek", "v2", "v3", "v32"])
 @pytest.mark.parametrize("unequal", [False, True])
 def test_accumulated_losses_are_those_of_one_batch(family, unequal):
@@ -341,6 +352,7 @@ def test_accumulated_losses_are_those_of_one_batch(family, unequal):
 # Packed rows
 
 
+@pytest.mark.compatibility("packed documents")
 @pytest.mark.parametrize("use_cache", [None, True, False])
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
@@ -355,11 +367,12 @@ def test_packed_documents_do_not_see_each_other(family, use_cache, training):
     assert outputs.cache is None
 
 
+@pytest.mark.compatibility("packed documents with a cache")
 @torch.no_grad()
-def test_packed_documents_take_no_cache(family):
+def test_packed_documents_take_no_cache(family, refused):
     model, tokens = make_model(family), make_tokens(1, 8)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    with pytest.raises(ValueError, match="documents that do not see each other"):
+    with refused(ValueError, match="documents that do not see each other"):
         model(tokens, position_ids=positions, past_key_values=DynamicCache(config=model.config))
 
 
@@ -373,6 +386,7 @@ def names_to_adapt(family: str) -> tuple[set[str], set[str]]:
     return modules, {name for name in parameters if "compress" not in name}
 
 
+@pytest.mark.compatibility("LoRA on every module and parameter")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_module_and_parameter_may_have_lora(family):
     """One training step gives each adapter a gradient, whatever PEFT is told to wrap."""
@@ -396,6 +410,7 @@ def test_each_module_and_parameter_may_have_lora(family):
 # Caches and graphs
 
 
+@pytest.mark.compatibility("cache of `inference_mode` continued")
 @pytest.mark.parametrize(
     "make", [lambda config: DynamicCache(config=config), lambda config: None], ids=["own", "made"]
 )
@@ -427,6 +442,7 @@ def native_is_traced() -> bool:
     return True
 
 
+@pytest.mark.compatibility("`torch.jit.trace`")
 @pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v2", "v3"])
 @torch.no_grad()
 def test_traced_models_route_what_they_are_given(family):
@@ -439,6 +455,7 @@ def test_traced_models_route_what_they_are_given(family):
         assert_close(traced(tokens), model(tokens).logits, "logits")
 
 
+@pytest.mark.compatibility("`torch.export`, dynamic length")
 @pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v2", "v3"])
 @torch.no_grad()
 def test_exported_models(family):

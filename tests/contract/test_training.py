@@ -17,6 +17,7 @@ def family(request):
 # Gradients
 
 
+@pytest.mark.compatibility("full training")
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_gradient_reaches_every_parameter(name, attention):
@@ -66,6 +67,7 @@ def test_evaluation_loss_has_no_extras(family):
     assert_close(evaluated.loss, trained.lm_loss, atol=1e-6)
 
 
+@pytest.mark.compatibility("gradient accumulation")
 def test_accumulated_steps_equal_one_batch(family):
     """`num_items_in_batch`, as the Trainer passes it: the losses of unequal parts add up to that of the whole."""
     model, tokens = make_model(family, aux_loss_alpha=0.0, mtp_loss_weight=0.0), make_tokens(4, 12)
@@ -82,6 +84,7 @@ def test_accumulated_steps_equal_one_batch(family):
     assert_gradients_close(gradients(model), expected)
 
 
+@pytest.mark.compatibility("gradient checkpointing")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("name", [*MAIN_FAMILIES, "v3_mtp2"])
 def test_gradient_checkpointing(name, use_reentrant):
@@ -116,6 +119,7 @@ def test_checkpointing_counts_each_token_once(family, use_reentrant):
 # Multi-token prediction
 
 
+@pytest.mark.compatibility("prediction loss")
 @pytest.mark.parametrize("name", MTP_FAMILIES)
 def test_mtp_loss(name):
     model, tokens = make_model(name).train(), make_tokens(2, 9)
@@ -190,6 +194,7 @@ def test_mtp_leaves_recorded_outputs_alone(name):
 # Packed rows
 
 
+@pytest.mark.compatibility("packed documents")
 @pytest.mark.parametrize("name", [*MAIN_FAMILIES, "v3_mtp2"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("use_cache", [None, False], ids=["default cache", ""])
@@ -224,6 +229,7 @@ def test_packed_documents_equal_separate_ones(name, attention, use_cache):
 # Balance
 
 
+@pytest.mark.compatibility("balance loss")
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("name", [*MOE_FAMILIES, "v3_mtp2"])
 def test_aux_loss_of_a_model(name, padded):

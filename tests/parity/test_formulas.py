@@ -32,6 +32,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.compatibility("logits equal the papers' formulas")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("v3_mtp2", "nsa")])
 def test_family(family, attention):

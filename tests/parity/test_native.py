@@ -45,6 +45,7 @@ def load(model_class, folder, **kwargs):
     return model.eval()
 
 
+@pytest.mark.compatibility("transformers' own class reads our files")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_native_reads_what_we_save(family, attention, tmp_path):
     ours = make_model(family, attention=attention)
@@ -54,6 +55,7 @@ def test_native_reads_what_we_save(family, attention, tmp_path):
     assert_close(ours(tokens).logits, native(tokens).logits, "logits")
 
 
+@pytest.mark.compatibility("files of transformers' own class")
 def test_we_read_what_native_saves(family, tmp_path):
     make_model(family).save_pretrained(tmp_path / "ours")
     native = load(NATIVE[family], tmp_path / "ours")
@@ -89,6 +91,7 @@ def test_padded_rows(family, padding, tmp_path):
     assert_close(actual[mask.bool()], expected[mask.bool()], "logits of real tokens")
 
 
+@pytest.mark.compatibility("gradients equal transformers' own class")
 @pytest.mark.parametrize(
     ("family", "experts"),
     [
@@ -115,6 +118,7 @@ def test_gradients(family, experts, tmp_path):
     assert_gradients_close(gradients(ours), gradients(native))
 
 
+@pytest.mark.compatibility("decoding equals transformers' own class")
 def test_cached_decode_equals_native(family, tmp_path):
     """A long prompt and single tokens after it: our absorbed form against native's expansion of the whole cache."""
     ours = make_model(family)

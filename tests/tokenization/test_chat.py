@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,72 @@ def test_rendered_text_is_v31s(name):
         TOKENIZER.apply_chat_template(messages, tokenize=False, thinking=thinking, add_generation_prompt=True)
         == expected
     )
+
+
+def v31(messages: list[dict], thinking: bool, add_generation_prompt: bool) -> str:
+    """V3.1's published template, branch by branch, as a loop in Python."""
+    text, last = B + "\n\n".join(m["content"] for m in messages if m["role"] == "system"), None
+    for message in messages:
+        role, content = message["role"], message.get("content")
+        opening = "<｜Assistant｜>" if last == "user" else ""
+        if role == "user":
+            text += "<｜User｜>" + content
+        elif role == "tool":
+            text += f"<｜tool▁output▁begin｜>{content}<｜tool▁output▁end｜>"
+        elif message.get("tool_calls"):
+            calls = [tool["function"] for tool in message["tool_calls"]]
+            written = [
+                f"<｜tool▁call▁begin｜>{c['name']}<｜tool▁sep｜>{c['arguments']}<｜tool▁call▁end｜>" for c in calls
+            ]
+            text += (opening and opening + "</think>") + (content or "")
+            text += "<｜tool▁calls▁begin｜>" + "".join(written) + "<｜tool▁calls▁end｜>" + E
+        elif role == "assistant":
+            text += opening and opening + ("<think>" if message.get("prefix") and thinking else "</think>")
+            text += (content if last == "tool" else content.split("</think>", 1)[-1]) + E
+        if role != "system":
+            last = role
+    if add_generation_prompt and last == "user":
+        text += "<｜Assistant｜>" + ("<think>" if thinking else "</think>")
+    return text
+
+
+_texts = st.sampled_from(["", "a", "hmm</think>Fine.", "<think>x</think>y</think>z", " 你\n"])
+_calls = st.lists(st.sampled_from([call("f", '{"a": 1}'), call("g", "{}")]), min_size=1, max_size=2)
+_messages = st.one_of(
+    st.builds(
+        lambda role, content: {"role": role, "content": content}, st.sampled_from(["system", "user", "tool"]), _texts
+    ),
+    st.builds(
+        lambda content, prefix: {"role": "assistant", "content": content, "prefix": prefix}, _texts, st.booleans()
+    ),
+    st.builds(lambda content, calls: {"role": "assistant", "content": content, "tool_calls": calls}, _texts, _calls),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(_messages, min_size=1, max_size=6), st.booleans(), st.booleans())
+def test_every_branch_is_v31s(messages, thinking, prompt):
+    rendered = TOKENIZER.apply_chat_template(messages, tokenize=False, thinking=thinking, add_generation_prompt=prompt)
+    assert rendered == v31(messages, thinking, prompt)
+
+
+@pytest.mark.parametrize(
+    ("message", "thinking", "expected"),
+    [
+        ({"content": "It is"}, False, "</think>It is"),
+        ({"content": "Let me"}, True, "<think>Let me"),
+        ({"content": "", "reasoning_content": "Let me"}, True, "<think>Let me"),
+        ({"content": "It is", "reasoning_content": "Let me"}, True, "<think>Let me</think>It is"),
+    ],
+)
+def test_answers_and_thoughts_are_continued(message, thinking, expected):
+    message = {"role": "assistant", "prefix": True, **message}
+    settings = {"thinking": thinking, "tokenize": False}
+    rendered = TOKENIZER.apply_chat_template([USER, message], **settings)
+    assert rendered == f"{B}<｜User｜>你好<｜Assistant｜>{expected}{E}"
+    if message["content"]:
+        rendered = TOKENIZER.apply_chat_template([USER, message], continue_final_message=True, **settings)
+        assert rendered == f"{B}<｜User｜>你好<｜Assistant｜>{expected}"
 
 
 def test_tools_are_described_as_in_v31s_model_card():

@@ -103,7 +103,9 @@ def test_the_words_of_the_user_are_kept():
 @pytest.mark.parametrize("prompt", [False, True])
 def test_ordinary_chats_get_the_templates_ids(thinking, prompt):
     messages, tools = conversation('Say "1+1".\n你好\\')
-    messages[4]["content"] = "<think>past</think>Two."
+    messages[4]["content"] = "Two."
+    messages += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "<think>past</think>Three."}]
+    messages += [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "So", "prefix": True}]
     encoded = encode_chat(TOKENIZER, messages, tools, thinking, prompt)
     expected = TOKENIZER.apply_chat_template(
         messages,
@@ -115,6 +117,16 @@ def test_ordinary_chats_get_the_templates_ids(thinking, prompt):
     )
     assert encoded["input_ids"] == expected["input_ids"]
     assert encoded["assistant_masks"] == expected["assistant_masks"]
+
+
+def test_reasoning_is_left_out_of_every_answer():
+    """The template keeps it after a tool's result and beside calls, where it would be text that no model has seen."""
+    messages, tools = conversation("text")
+    expected = encode_chat(TOKENIZER, messages, tools)
+    for message in messages:
+        if message["role"] == "assistant":
+            message["content"] = "<think>past</think>" + message["content"]
+    assert encode_chat(TOKENIZER, messages, tools) == expected
 
 
 def test_huge_texts_are_encoded():
@@ -145,7 +157,7 @@ USER = {"role": "user", "content": "x"}
         ([{"role": "user", "content": b"x"}], None, r"messages\[0\].content is of type bytes"),
         ([{"role": "assistant"}], None, r"messages\[0\].content is of type NoneType"),
         ([{"role": "user", "content": "a\ud800"}], None, r"content holds the lone surrogate U\+D800 at character 1"),
-        ([{**USER, "prefix": True}], None, r"messages\[0\] has the unknown field 'prefix'"),
+        ([{**USER, "suffix": True}], None, r"messages\[0\] has the unknown field 'suffix'"),
         ([{**USER, "tool_calls": []}], None, r"only an assistant's message may"),
         ([{"role": "assistant", "tool_calls": [{}]}], None, r"tool_calls\[0\].function is of type NoneType"),
         (
