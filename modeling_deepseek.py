@@ -851,18 +851,16 @@ class DeepseekModel(DeepseekPreTrainedModel):
         use_growing_layers(past_key_values, self.make_cache_layer)
 
         shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values)
-        hidden_states, balance_losses, index_losses = inputs_embeds, [], []
+        hidden_states, losses = inputs_embeds, self._layer_losses()
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states, balance_loss, load, index_loss = layer(
-                hidden_states, past_key_values=past_key_values, **shared, **kwargs
+            hidden_states = losses.take(
+                layer, layer(hidden_states, past_key_values=past_key_values, **shared, **kwargs)
             )
-            balance_losses += _count(layer, balance_loss, load)
-            index_losses += [] if index_loss is None else [index_loss]
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_states),
             **cache_field(past_key_values),
-            aux_loss=_total(balance_losses),
-            index_loss=_total(index_losses),
+            aux_loss=_total(losses.balance),
+            index_loss=_total(losses.index),
         )
 
     def predict_further(
@@ -888,16 +886,14 @@ class DeepseekModel(DeepseekPreTrainedModel):
         """
         inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values=None)
-        states, balance_losses, index_losses = [], [], []
+        states, losses = [], self._layer_losses()
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
             # positional, since reentrant gradient checkpointing tracks only such arguments
-            hidden_states, balance_loss, load, index_loss = layer(
-                hidden_states, inputs_embeds.roll(-k, dims=1), **shared, **kwargs
+            hidden_states = losses.take(
+                layer, layer(hidden_states, inputs_embeds.roll(-k, dims=1), **shared, **kwargs)
             )
             states.append(hidden_states)
-            balance_losses += _count(layer, balance_loss, load)
-            index_losses += [] if index_loss is None else [index_loss]
-        return states, _total(balance_losses), _total(index_losses)
+        return states, _total(losses.balance), _total(losses.index)
 
     def run_mtp_module(
         self,
@@ -948,9 +944,13 @@ class DeepseekModel(DeepseekPreTrainedModel):
             return GrowingLayer()
         return IndexedLayer() if self.config.has_indexer else LatentLayer()
 
+    def _layer_losses(self) -> "_LayerLosses":
+        return _LayerLosses(counts=self.training, learns=self._indexer_learns())
+
     def _indexer_learns(self) -> bool:
-        indexer = self.layers[0].self_attn.indexer
-        return self.training and self.config.index_loss_weight > 0 and indexer.learns()
+        """Whether some layer's indexer is being trained, frozen ones beside it or not."""
+        wanted = self.training and self.config.has_indexer and self.config.index_loss_weight > 0
+        return wanted and any(layer.self_attn.indexer.learns() for layer in self.layers)
 
     def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         try:
@@ -1014,11 +1014,31 @@ def _restarts(position_ids: torch.Tensor | None) -> bool:
     return bool((position_ids.diff(dim=-1) != 1).any())
 
 
-def _count(layer: DeepseekDecoderLayer, balance_loss: torch.Tensor | None, load: torch.Tensor | None) -> list:
-    """Notes a layer's load at its router; the balance loss comes back in a list, empty where there is none."""
-    if load is not None:
-        layer.mlp.count_load(load)
-    return [] if balance_loss is None else [balance_loss]
+class _LayerLosses:
+    """Keeps what the layers of one pass add to the loss, and notes each router's load.
+
+    What a layer returns is known from the settings. To look whether it is None would mislead tracers, to whom every result
+    of a layer is a stand-in.
+
+    Args:
+        counts: the layers are in training mode, and those with experts return their load and, with `aux_loss_alpha`, a
+            balance loss.
+        learns: layers whose indexer is being trained return its loss.
+    """
+
+    def __init__(self, counts: bool, learns: bool):
+        self.counts, self.learns = counts, learns
+        self.balance: list[torch.Tensor] = []
+        self.index: list[torch.Tensor] = []
+
+    def take(self, layer: DeepseekDecoderLayer, results: tuple) -> torch.Tensor:
+        """Keeps what `layer` returned besides its states, which are handed back."""
+        hidden_states, balance_loss, load, index_loss = results
+        if self.counts and layer.is_sparse:
+            layer.mlp.count_load(load)
+            self.balance += [balance_loss] if layer.mlp.aux_loss_alpha else []
+        self.index += [index_loss] if self.learns and layer.self_attn.indexer.learns() else []
+        return hidden_states
 
 
 def _total(losses: list[torch.Tensor]) -> torch.Tensor | None:
