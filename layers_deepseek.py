@@ -139,13 +139,13 @@ def rank_places(scores: torch.Tensor, first: int = 0) -> torch.Tensor:
     upper half of a rank is the score's bits, in an order of whole numbers; the lower half is the place.
 
     Args:
-        scores: float32 [..., n]; -inf stands for a place that may not be chosen, NaN counts as +inf.
+        scores: [..., n], float32 or, under autocast, of 16 bits; -inf stands for a place that may not be chosen, NaN counts as +inf.
 
     Returns:
         int64 [..., n], all different. `topk` sorts them as fast as the scores.
     """
     infinity = float("inf")
-    scores = scores.nan_to_num(nan=infinity, posinf=infinity, neginf=-infinity) + 0.0  # -0 becomes 0
+    scores = scores.float().nan_to_num(nan=infinity, posinf=infinity, neginf=-infinity) + 0.0  # -0 becomes 0
     bits = scores.view(torch.int32)
     bits = bits.bitwise_xor_((bits >> 31) & 0x7FFFFFFF)  # of negative numbers the order is the reverse
     places = torch.arange(first, first + scores.shape[-1], device=scores.device)
