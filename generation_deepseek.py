@@ -58,6 +58,7 @@ _PLACE_WISE = (
 )
 # transformers' own that keep a state from one call to the next.
 _STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+_GRAMMAR_LIBRARIES = ("xgrammar", "outlines", "outlines_core", "llguidance")  # whose processors do so too
 
 
 def keeps_state(processor) -> bool:
@@ -693,6 +694,17 @@ class DeepseekGenerationMixin(GenerationMixin):
                 "the devices. Leave `cache_implementation` or `mtp_tokens` out, or use `model.int8_cache()`."
             )
         return Speculation(self, *arguments, model_kwargs).run(streamer)
+
+    def _assisted_decoding(self, input_ids: torch.LongTensor, logits_processor: LogitsProcessorList, *args, **kwargs):
+        """As in transformers, which calls processors for rejected drafts as well."""
+        for one in logits_processor:
+            if isinstance(one, _STATEFUL) or type(one).__module__.split(".")[0] in _GRAMMAR_LIBRARIES:
+                raise ValueError(
+                    f"The logits processor {type(one).__name__} must see each token of the text once, which "
+                    "`prompt_lookup_num_tokens` and `assistant_model` do not go with. Leave them out, or draft by "
+                    "`mtp_tokens`."
+                )
+        return super()._assisted_decoding(input_ids, logits_processor, *args, **kwargs)
 
     @torch.no_grad()
     def prefill(
