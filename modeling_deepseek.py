@@ -736,6 +736,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if files.shard_of:
             present = files.count_mtp_modules(config.num_hidden_layers)
             config.num_nextn_predict_layers = min(config.num_nextn_predict_layers, present)
+            cls._check_tensors(files, config, kwargs)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # other files are pickles
         if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
@@ -763,6 +764,24 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     pretrained_model_name_or_path, **files.where
                 )
         return loaded
+
+    @classmethod
+    def _check_tensors(cls, files: CheckpointFiles, config: DeepseekConfig, kwargs: dict):
+        """Refuses files that are not those of the model that the config describes, `kwargs` those of `from_pretrained`."""
+        if is_quantised(config, kwargs.get("quantization_config")) or kwargs.get("key_mapping"):
+            return  # names and shapes are the library's
+        files.check_scales(pop_block_fp8(copy.deepcopy(config)))
+        if kwargs.get("state_dict") is not None:
+            return
+        config = copy.deepcopy(config)
+        config.quantization_config = None
+        with torch.device("meta"):
+            model = cls(config)
+        files.check(
+            model,
+            shapes=not kwargs.get("ignore_mismatched_sizes"),
+            whole=not kwargs.get("output_loading_info"),  # who asks for the report wants to see for himself
+        )
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, under the model's own class: a class that a library puts in its place (as FSDP2 does) would

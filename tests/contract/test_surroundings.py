@@ -200,7 +200,7 @@ def test_a_query_that_sees_nothing_stays_finite(dtype):
     output, probs = eager_attention_forward(
         model.model.layers[0].self_attn, states, -states, states, mask, scaling=9.0
     )
-    assert_close(probs, torch.full_like(probs, 1 / 3), "probabilities", atol=1e-3)
+    assert_close(probs, torch.full_like(probs, 1 / 3), "probabilities", atol=1e-2, rtol=0)
     assert torch.isfinite(output).all()
 
 
