@@ -19,6 +19,22 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 logger = logging.get_logger(__name__)
 
+# What the fields of generation_config.json may be besides null: whole numbers from the least on, numbers from .. to ..,
+# flags, tokens (one, or several as well), lists.
+_COUNTS = {"max_length": 1, "max_new_tokens": 1, "min_length": 0, "min_new_tokens": 0, "num_beams": 1, "top_k": 0}
+_COUNTS |= {"no_repeat_ngram_size": 0, "num_return_sequences": 1, "prompt_lookup_num_tokens": 1, "mtp_tokens": 0}
+_COUNTS |= {"prefill_chunk_size": 1, "num_assistant_tokens": 1, "max_cache_len": 1, "max_matching_ngram_size": 1}
+_NUMBERS = {"temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "top_h": (0, 1), "typical_p": (0, 1)}
+_NUMBERS |= {"epsilon_cutoff": (0, 1), "eta_cutoff": (0, 1), "assistant_confidence_threshold": (0, 1)}
+_NUMBERS |= {"repetition_penalty": (1e-6, 1e6), "length_penalty": (-1e6, 1e6), "guidance_scale": (0, 1e6)}
+_NUMBERS |= {"max_time": (0, 1e9)}
+_FLAGS = ("do_sample", "use_cache", "use_mtp", "renormalize_logits", "remove_invalid_values", "token_healing")
+_FLAGS += ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
+_FLAGS += ("disable_compile",)
+_TOKENS = {"bos_token_id": False, "pad_token_id": False, "decoder_start_token_id": False, "eos_token_id": True}
+_TOKENS |= {"forced_bos_token_id": False, "forced_eos_token_id": True}
+_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
+
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 # The arguments of `from_pretrained` that say where a checkpoint is.
@@ -264,6 +280,49 @@ def _read_header(path: str) -> dict:
     except SafetensorError as error:
         raise ValueError(f"{path} has a wrong safetensors header ({error}). {remedy}") from error
     return header
+
+
+def check_generation_config(path: str):
+    """Looks at a generation_config.json, which transformers takes as it is, or passes over if it is no JSON.
+
+    Raises:
+        ValueError: it is no JSON object, or a field has a value of a wrong kind; the message names both.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            fields = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON ({error}). Download it again, or remove it.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a JSON object with fields of generation. Download it again, or remove it.")
+    for name, value in fields.items():
+        if value is not None and (allowed := _what_is_allowed(name, value)):
+            raise ValueError(f"`{name}` is {value!r} in {path}; it must be {allowed}, or null. Correct the file.")
+
+
+def _what_is_allowed(name: str, value) -> str | None:
+    """What a field of generation_config.json must be if this value is not possible, else None."""
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    if name in _COUNTS:
+        return None if is_count and value >= _COUNTS[name] else f"a whole number of at least {_COUNTS[name]}"
+    if name in _NUMBERS:
+        least, most = _NUMBERS[name]
+        is_number = is_count or isinstance(value, float)
+        return None if is_number and least <= value <= most else f"a number from {least} to {most:g}"
+    if name in _FLAGS:
+        return None if isinstance(value, bool) else "true or false"
+    if name in _TOKENS:
+        tokens = value if _TOKENS[name] and isinstance(value, list) and value else [value]
+        is_token = all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens)
+        return None if is_token else "a token's number from 0 on" + (", or a list of such" if _TOKENS[name] else "")
+    if name in _LISTS:
+        return None if isinstance(value, list) else "a list"
+    if name == "stop_strings":
+        texts = value if isinstance(value, list) else [value]
+        return None if all(isinstance(text, str) for text in texts) else "a text, or a list of texts"
+    if name == "early_stopping":
+        return None if isinstance(value, bool) or value == "never" else "true, false or 'never'"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbeddi
 from .loading_deepseek import (
     HUB_ARGUMENTS,
     CheckpointFiles,
+    check_generation_config,
     default_dtype,
     dequantised_state_dict,
     explain_loading_error,
@@ -733,6 +734,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 "plans are for stacked experts. Use `device_map`, or pass separate_experts=False."
             )
         files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
+        if cls.can_generate() and (generation_config := files.find("generation_config.json")) is not None:
+            check_generation_config(generation_config)
         if files.shard_of:
             present = files.count_mtp_modules(config.num_hidden_layers)
             config.num_nextn_predict_layers = min(config.num_nextn_predict_layers, present)
