@@ -19,21 +19,24 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 logger = logging.get_logger(__name__)
 
-# What the fields of generation_config.json may be besides null: whole numbers from the least on, numbers from .. to ..,
-# flags, tokens (one, or several as well), lists.
-_COUNTS = {"max_length": 1, "max_new_tokens": 1, "min_length": 0, "min_new_tokens": 0, "num_beams": 1, "top_k": 0}
-_COUNTS |= {"no_repeat_ngram_size": 0, "num_return_sequences": 1, "prompt_lookup_num_tokens": 1, "mtp_tokens": 0}
-_COUNTS |= {"prefill_chunk_size": 1, "num_assistant_tokens": 1, "max_cache_len": 1, "max_matching_ngram_size": 1}
+# What the fields of generation_config.json may be besides null: whole numbers from .. to .., other numbers from .. to ..,
+# flags, tokens (one, or several as well), lists of tokens.
+_LARGE = 2**31 - 1
+_COUNTS = {"max_length": (1, _LARGE), "max_new_tokens": (1, _LARGE), "min_length": (0, _LARGE)}
+_COUNTS |= {"min_new_tokens": (0, _LARGE), "num_beams": (1, 10_000), "num_return_sequences": (1, 10_000)}
+_COUNTS |= {"top_k": (0, _LARGE), "no_repeat_ngram_size": (0, _LARGE), "prefill_chunk_size": (1, _LARGE)}
+_COUNTS |= {"mtp_tokens": (0, 1_000), "prompt_lookup_num_tokens": (1, _LARGE), "num_assistant_tokens": (1, _LARGE)}
+_COUNTS |= {"max_matching_ngram_size": (1, _LARGE), "max_cache_len": (1, _LARGE)}
 _NUMBERS = {"temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "top_h": (0, 1), "typical_p": (0, 1)}
 _NUMBERS |= {"epsilon_cutoff": (0, 1), "eta_cutoff": (0, 1), "assistant_confidence_threshold": (0, 1)}
 _NUMBERS |= {"repetition_penalty": (1e-6, 1e6), "length_penalty": (-1e6, 1e6), "guidance_scale": (0, 1e6)}
-_NUMBERS |= {"max_time": (0, 1e9)}
+_NUMBERS |= {"max_time": (0, 1e9), "encoder_repetition_penalty": (1e-6, 1e6)}
 _FLAGS = ("do_sample", "use_cache", "use_mtp", "renormalize_logits", "remove_invalid_values", "token_healing")
 _FLAGS += ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
 _FLAGS += ("disable_compile",)
-_TOKENS = {"bos_token_id": False, "pad_token_id": False, "decoder_start_token_id": False, "eos_token_id": True}
-_TOKENS |= {"forced_bos_token_id": False, "forced_eos_token_id": True}
-_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
+_TOKENS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+_SOME_TOKENS = ("eos_token_id", "forced_eos_token_id")
+_TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
@@ -282,7 +285,7 @@ def _read_header(path: str) -> dict:
     return header
 
 
-def check_generation_config(path: str):
+def check_generation_config(path: str, vocab_size: int):
     """Looks at a generation_config.json, which transformers takes as it is, or passes over if it is no JSON.
 
     Raises:
@@ -294,29 +297,58 @@ def check_generation_config(path: str):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no JSON ({error}). Download it again, or remove it.") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object with fields of generation. Download it again, or remove it.")
+        raise ValueError(f"{path} is no JSON object with fields of generation. Download it again, or remove it.")
     for name, value in fields.items():
-        if value is not None and (allowed := _what_is_allowed(name, value)):
+        if value is None:
+            continue
+        # what forces or forbids a token must be one of the model's
+        most = (
+            vocab_size - 1 if name.startswith("forced_") or "suppress" in name or name == "bad_words_ids" else _LARGE
+        )
+        if allowed := _what_is_allowed(name, value, most):
             raise ValueError(f"`{name}` is {value!r} in {path}; it must be {allowed}, or null. Correct the file.")
 
 
-def _what_is_allowed(name: str, value) -> str | None:
+def _what_is_allowed(name: str, value, most_token: int) -> str | None:
     """What a field of generation_config.json must be if this value is not possible, else None."""
-    is_count = isinstance(value, int) and not isinstance(value, bool)
+
+    def is_count(number, least: int, most: int) -> bool:
+        return isinstance(number, int) and is_number(number, least, most)
+
+    def is_number(number, least: float, most: float) -> bool:
+        return isinstance(number, (int, float)) and not isinstance(number, bool) and least <= number <= most
+
+    def are_tokens(tokens) -> bool:
+        return isinstance(tokens, list) and all(is_count(token, 0, most_token) for token in tokens)
+
     if name in _COUNTS:
-        return None if is_count and value >= _COUNTS[name] else f"a whole number of at least {_COUNTS[name]}"
+        least, most = _COUNTS[name]
+        return None if is_count(value, least, most) else f"a whole number from {least} to {most}"
     if name in _NUMBERS:
         least, most = _NUMBERS[name]
-        is_number = is_count or isinstance(value, float)
-        return None if is_number and least <= value <= most else f"a number from {least} to {most:g}"
+        return None if is_number(value, least, most) else f"a number from {least} to {most:g}"
     if name in _FLAGS:
         return None if isinstance(value, bool) else "true or false"
     if name in _TOKENS:
-        tokens = value if _TOKENS[name] and isinstance(value, list) and value else [value]
-        is_token = all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens)
-        return None if is_token else "a token's number from 0 on" + (", or a list of such" if _TOKENS[name] else "")
-    if name in _LISTS:
-        return None if isinstance(value, list) else "a list"
+        return None if are_tokens([value]) else f"a token's number from 0 to {most_token}"
+    if name in _SOME_TOKENS:
+        several = value if isinstance(value, list) and value else [value]
+        return None if are_tokens(several) else f"a token's number from 0 to {most_token}, or a list of such"
+    if name in _TOKEN_LISTS:
+        return None if are_tokens(value) else f"a list of tokens' numbers from 0 to {most_token}"
+    if name == "bad_words_ids":
+        is_list = isinstance(value, list) and all(tokens and are_tokens(tokens) for tokens in value)
+        return None if is_list else f"a list of lists of tokens' numbers from 0 to {most_token}"
+    if name == "sequence_bias":
+        pairs = value if isinstance(value, list) else [value]
+        is_list = all(isinstance(pair, list) and len(pair) == 2 and are_tokens(pair[0]) for pair in pairs)
+        return None if is_list else "a list of pairs, a list of tokens' numbers and a number"
+    if name == "exponential_decay_length_penalty":
+        is_pair = isinstance(value, list) and len(value) == 2
+        is_pair = is_pair and is_count(value[0], 0, _LARGE) and is_number(value[1], 1e-6, 1e6)
+        return None if is_pair else "a pair, the number of a token and a factor"
+    if name == "watermarking_config":
+        return None if isinstance(value, dict) else "an object"
     if name == "stop_strings":
         texts = value if isinstance(value, list) else [value]
         return None if all(isinstance(text, str) for text in texts) else "a text, or a list of texts"

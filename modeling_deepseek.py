@@ -735,7 +735,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             )
         files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
         if cls.can_generate() and (generation_config := files.find("generation_config.json")) is not None:
-            check_generation_config(generation_config)
+            check_generation_config(generation_config, config.vocab_size)
         if files.shard_of:
             present = files.count_mtp_modules(config.num_hidden_layers)
             config.num_nextn_predict_layers = min(config.num_nextn_predict_layers, present)
