@@ -9,13 +9,13 @@ import pytest
 import torch
 from checks import assert_close
 from deepseek_repo import loading_deepseek
-from deepseek_repo.modeling_deepseek import DeepseekForCausalLM, DeepseekModel
+from deepseek_repo.modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model, make_tokens
 
 VALUES = ["x", "3", -1, 0, 1, 1.5, None, True, [], {}, [1], 10**12, 1e30]
-# every so manieth damage, and the families: some of everything by default, all of everything as a slow test
+# Of the damages every seventh or each, and the families: by default some of everything, all of it as a slow test.
 EXTENT = [(7, family) for family in ("deepseek", "v32", "nsa")]
 EXTENT += [pytest.param(1, family, marks=pytest.mark.slow) for family in FAMILIES]
 DAMAGES = ("dropped", "shorter", "longer", "one dimension more", "whole numbers", "flags", "float16")
@@ -121,8 +121,6 @@ def test_what_may_be_missing(tmp_path):
     tokens = make_tokens(1, 5)
     loaded = DeepseekForCausalLM.from_pretrained(tmp_path / "base")
     assert_close(loaded.model(tokens).last_hidden_state, base(tokens).last_hidden_state, "states")
-    from deepseek_repo.modeling_deepseek import DeepseekForSequenceClassification
-
     DeepseekForSequenceClassification.from_pretrained(tmp_path / "v3")
     make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     DeepseekForCausalLM.from_pretrained(tmp_path / "tied")
