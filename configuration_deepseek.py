@@ -629,7 +629,7 @@ class DeepseekConfig(PreTrainedConfig):
         if self.num_experts_per_tok > reachable:
             raise ValueError(
                 f"`num_experts_per_tok` is {self.num_experts_per_tok}, but a token can reach only {reachable} "
-                f"experts (`topk_group` of `n_group` groups); choose at most {reachable}."
+                f"experts (of `n_routed_experts`, in `topk_group` of `n_group` groups); choose at most {reachable}."
             )
 
     @property

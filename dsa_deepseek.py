@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .dsa_kernels_deepseek import attend_chosen_latents, index_scores as triton_index_scores
-from .layers_deepseek import apply_rotary
+from .layers_deepseek import apply_rotary, rank_places, ranked_places
 from .nsa_kernels_deepseek import kernels_run_on
 
 _INDEX_BYTES = 16 * 2**20  # products of the indexer held at once
@@ -29,6 +29,8 @@ def dsa_reference(
     """The tokens that each query of one row selects, loop by loop as eq. 1-2 of the V3.2-Exp report say; for tests.
 
         I_ts = sum_j w_tj ReLU(q_tj . k_s),   S_t = the topk visible tokens s with the largest I_ts
+
+    The report does not say which of equal tokens is chosen; here it is the latest.
 
     Args:
         query: [S, H, D]; weights: [S, H]; key: [T, D], of the indexer.
@@ -43,7 +45,7 @@ def dsa_reference(
             for s in range(len(key))
             if visible[t, s]
         }
-        chosen.append(set(sorted(scores, key=scores.get, reverse=True)[:topk]))
+        chosen.append(set(sorted(scores, key=lambda s: (scores[s], s), reverse=True)[:topk]))
     return chosen
 
 
@@ -141,7 +143,7 @@ class LightningIndexer(nn.Module):
 
     @torch.no_grad()
     def select(self, states: IndexStates, key: torch.Tensor, visible: VisibleTokens, queries: slice) -> torch.Tensor:
-        """The `topk` visible tokens with the best scores, by a running top-k over blocks of keys.
+        """The `topk` visible tokens with the best scores, of equal ones the latest, by a running top-k over blocks of keys.
 
         Args:
             states: of all S queries; `queries` are those to answer for.
@@ -153,19 +155,16 @@ class LightningIndexer(nn.Module):
         length = states.query.shape[1]
         end = visible.total - length + queries.stop  # what comes later, none of these queries sees
         query, weights = states.query[:, queries], states.weights[:, queries]
-        best = torch.empty(*query.shape[:2], 0, device=key.device)
-        chosen = torch.empty(*query.shape[:2], 0, dtype=torch.int64, device=key.device)
+        best = torch.empty(*query.shape[:2], 0, dtype=torch.int64, device=key.device)  # ranks
         score = triton_index_scores if kernels_run_on(key) else index_scores
         block = max(self.topk, _INDEX_BYTES // (4 * query[..., 0].numel()))
         for start in range(0, end, block):
             keys = slice(start, min(start + block, end))
             scores = score(query, weights, key[:, keys])  # [B, C, n]
             scores.masked_fill_(~visible.mask(queries, keys, length, key.device), float("-inf"))
-            slots = torch.arange(keys.start, keys.stop, device=key.device).expand_as(scores)
-            scores, slots = torch.cat((best, scores), dim=-1), torch.cat((chosen, slots), dim=-1)
-            best, places = scores.topk(min(self.topk, scores.shape[-1]), dim=-1, sorted=False)
-            chosen = slots.gather(-1, places)
-        return chosen.masked_fill(best == float("-inf"), -1)
+            ranks = torch.cat((best, rank_places(scores, keys.start)), dim=-1)
+            best = ranks.topk(min(self.topk, ranks.shape[-1]), dim=-1, sorted=False).values
+        return ranked_places(best)
 
 
 def index_scores(query: torch.Tensor, weights: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

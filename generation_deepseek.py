@@ -36,6 +36,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.utils import logging
 
@@ -55,6 +56,15 @@ _PLACE_WISE = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
+# transformers' own that keep a state from one call to the next.
+_STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+_GRAMMAR_LIBRARIES = ("xgrammar", "outlines", "outlines_core", "llguidance")  # whose processors do so too
+
+
+def keeps_state(processor) -> bool:
+    """Whether a logits processor must be called once for each token of the text, in order. Of others' (grammars of
+    xgrammar and outlines do) it cannot be known, so it is taken for granted."""
+    return isinstance(processor, _STATEFUL) or type(processor).__module__.split(".")[0] != "transformers"
 
 
 class RowCache:
@@ -253,6 +263,8 @@ class Speculation:
     ):
         self.model = model
         self.processor = logits_processor
+        self.draft_processor = LogitsProcessorList([one for one in logits_processor if not keeps_state(one)])
+        self.in_order = len(self.draft_processor) < len(logits_processor)
         self.criteria = stopping_criteria
         self.config = generation_config
         self.kwargs = model_kwargs
@@ -263,8 +275,9 @@ class Speculation:
         self.each = torch.arange(self.batch, device=input_ids.device)
         self.lengths = [self.prompt_width] * self.batch
         self.active = [True] * self.batch
-        # NSA counts blocks from a row's first token and allows no hidden slots between tokens
-        self.in_step = self.batch > 1 and model.config.attention_kind == "nsa"
+        # NSA counts blocks from a row's first token and allows no hidden slots between tokens; a processor with a state
+        # takes a token of every row at once
+        self.in_step = self.batch > 1 and (model.config.attention_kind == "nsa" or self.in_order)
         self.draft_probs: list[torch.Tensor] = []  # [B, V] a draft, when sampling
         self.records: dict[str, list[torch.Tensor]] = {"scores": [], "logits": []}  # [B, V] a generated place
         self.rounds = 0
@@ -384,8 +397,12 @@ class Speculation:
     def _take(self, states: torch.Tensor, num_drafts: int, streamer) -> list[int]:
         """Accepts and draws tokens from states [B, num_drafts + 1, D] -> how many new tokens each row has."""
         logits = self._logits(states)
-        scores = self._process(logits, first=0)
-        tokens, matches = self._accept(scores, self._window(self.lengths, num_drafts))
+        drafts = self._window(self.lengths, num_drafts)
+        if self.in_order:
+            scores, tokens, matches = self._accept_in_order(logits, drafts)
+        else:
+            scores = self._process(self.processor, logits, first=0)
+            tokens, matches = self._accept(scores, drafts, self.draft_probs)
         matches = matches.tolist()
         if self.in_step:
             matches = [min(match for match, active in zip(matches, self.active, strict=True) if active)] * self.batch
@@ -408,15 +425,18 @@ class Speculation:
         self.active = [active and stop is None for active, stop in zip(self.active, stops, strict=True)]
         return counts
 
-    def _accept(self, scores: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """scores [B, n + 1, V], drafts [B, n] -> tokens [B, n + 1] and how many drafts are accepted, m [B]: the first m
-        tokens are those, the next is drawn anew, the rest means nothing."""
+    def _accept(
+        self, scores: torch.Tensor, drafts: torch.Tensor, draft_probs: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """scores [B, n + 1, V], drafts [B, n] and, when sampling, what they were drawn from, n or more [B, V] -> tokens
+        [B, n + 1] and how many drafts are accepted, m [B]: the first m tokens are those, the next is drawn anew, the rest
+        means nothing."""
         num_drafts = drafts.shape[1]
         if not self.config.do_sample:
             tokens = scores.argmax(dim=-1)
             return tokens, (tokens[:, :num_drafts] == drafts).long().cumprod(dim=1).sum(dim=1)
         probs = scores.softmax(dim=-1)
-        draft_probs = torch.stack([*self.draft_probs[:num_drafts], torch.zeros_like(probs[:, 0])], dim=1)
+        draft_probs = torch.stack([*draft_probs[:num_drafts], torch.zeros_like(probs[:, 0])], dim=1)
         p, q = (x[:, :num_drafts].gather(2, drafts[:, :, None])[:, :, 0] for x in (probs, draft_probs))
         matches = (torch.rand_like(p) * q < p).long().cumprod(dim=1).sum(dim=1)
         target = probs[self.each, matches]
@@ -427,9 +447,40 @@ class Speculation:
         tokens[self.each, matches] = _draw(rest)
         return tokens, matches
 
+    def _accept_in_order(
+        self, logits: torch.Tensor, drafts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """logits [B, n + 1, V], drafts [B, n] -> scores [B, n + 1, V] and what `_accept` gives, m alike for all rows.
+
+        Place by place until a row rejects its draft or ends, so that processors see the tokens of the text, each once, in
+        order.
+        """
+        active = torch.tensor(self.active, device=logits.device)
+        ends = self.config._eos_token_tensor
+        scores, tokens = torch.zeros_like(logits), torch.zeros_like(logits[..., 0], dtype=torch.long)
+        for place in range(logits.shape[1]):
+            scores[:, place] = self.processor(self._text(place), logits[:, place].clone())
+            draft = drafts[:, place : place + 1]  # none at the last place
+            same = scores[:, place : place + 1].expand(-1, draft.shape[1] + 1, -1)
+            token, match = self._accept(same, draft, self.draft_probs[place : place + 1])
+            tokens[:, place] = token[:, 0]
+            ended = ends is not None and bool(torch.isin(tokens[active, place], ends.to(tokens.device)).any())
+            if ended or not match[active].all() or not draft.shape[1]:
+                break
+        return scores, tokens, torch.full((self.batch,), place)
+
+    def _text(self, num_drafts: int) -> torch.Tensor:
+        """Ids of all rows up to the first drafts, of the length that those have that go on; padding behind the others."""
+        text = self.ids[:, : self.lengths[self.active.index(True)] + num_drafts].clone()
+        for row, (length, active) in enumerate(zip(self.lengths, self.active, strict=True)):
+            if not active:
+                text[row, length:] = self.config._pad_token_tensor
+        return text
+
     def _choose(self, number: int, logits: torch.Tensor) -> torch.Tensor:
         """Draft `number` of each row from the draft's logits [B, V] -> [B]"""
-        scores = self._process(logits[:, None].to(self.ids.device, torch.float32), first=number)[:, 0]
+        logits = logits[:, None].to(self.ids.device, torch.float32)  # [B, 1, V]
+        scores = self._process(self.draft_processor, logits, first=number)[:, 0]
         if self.config.do_sample:
             self.draft_probs.append(scores.softmax(dim=-1))
             tokens = _draw(self.draft_probs[-1])
@@ -438,16 +489,16 @@ class Speculation:
         self.ids[self.each, torch.tensor(self.lengths, device=self.ids.device) + number] = tokens
         return tokens.to(logits.device)
 
-    def _process(self, logits: torch.Tensor, first: int) -> torch.Tensor:
+    def _process(self, processor: LogitsProcessorList, logits: torch.Tensor, first: int) -> torch.Tensor:
         """logits [B, n, V] of the tokens that follow the first lengths[b] + first, + 1, ... -> their scores
 
         Most processors want rows of one length, and some count them: so one call for each length that occurs.
         """
-        if not self.processor:
+        if not processor:
             return logits
-        if all(type(one) in _PLACE_WISE for one in self.processor):
+        if all(type(one) in _PLACE_WISE for one in processor):
             scores = logits.flatten(0, 1)  # [B * n, V]
-            for one in self.processor:
+            for one in processor:
                 scores = one(self.ids, scores)
             return scores.view(logits.shape)
         scores, count = logits.clone(), logits.shape[1]
@@ -458,7 +509,7 @@ class Speculation:
             rows = [row for row, column in enumerate(columns) if 0 <= column < count]
             inside = torch.tensor(columns, device=scores.device).clamp(0, count - 1)
             # a copy, since some processors write into what they get
-            processed = self.processor(self.ids[:, :width], logits[self.each, inside].clone())
+            processed = processor(self.ids[:, :width], logits[self.each, inside].clone())
             scores[rows, inside[rows]] = processed[rows]
         return scores
 
@@ -637,14 +688,23 @@ class DeepseekGenerationMixin(GenerationMixin):
             )
         if rows > 1 and generation_config._pad_token_tensor is None and len(stopping_criteria) > 1:
             raise ValueError("`pad_token_id` is not set, and rows may end at different lengths. Set `pad_token_id`.")
-        if any(isinstance(one, SynthIDTextWatermarkLogitsProcessor) for one in logits_processor):
-            raise ValueError("SynthID's watermark counts its calls, and does not go with `mtp_tokens`.")
         if getattr(model_kwargs[CACHE_NAME], "offloading", False):
             raise ValueError(
                 "`mtp_tokens` does not go with an offloaded cache: tokens taken back could still be on their way between "
                 "the devices. Leave `cache_implementation` or `mtp_tokens` out, or use `model.int8_cache()`."
             )
         return Speculation(self, *arguments, model_kwargs).run(streamer)
+
+    def _assisted_decoding(self, input_ids: torch.LongTensor, logits_processor: LogitsProcessorList, *args, **kwargs):
+        """As in transformers, which calls processors for rejected drafts as well."""
+        for one in logits_processor:
+            if isinstance(one, _STATEFUL) or type(one).__module__.split(".")[0] in _GRAMMAR_LIBRARIES:
+                raise ValueError(
+                    f"The logits processor {type(one).__name__} must see each token of the text once, which "
+                    "`prompt_lookup_num_tokens` and `assistant_model` do not go with. Leave them out, or draft by "
+                    "`mtp_tokens`."
+                )
+        return super()._assisted_decoding(input_ids, logits_processor, *args, **kwargs)
 
     @torch.no_grad()
     def prefill(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import struct
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +19,26 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 logger = logging.get_logger(__name__)
 
+# What the fields of generation_config.json may be besides null: whole numbers from .. to .., other numbers from .. to ..,
+# flags, tokens (one, or several as well), lists of tokens.
+_LARGE = 2**31 - 1
+_COUNTS = {"max_length": (1, _LARGE), "max_new_tokens": (1, _LARGE), "min_length": (0, _LARGE)}
+_COUNTS |= {"min_new_tokens": (0, _LARGE), "num_beams": (1, 10_000), "num_return_sequences": (1, 10_000)}
+_COUNTS |= {"top_k": (0, _LARGE), "no_repeat_ngram_size": (0, _LARGE), "prefill_chunk_size": (1, _LARGE)}
+_COUNTS |= {"mtp_tokens": (0, 1_000), "prompt_lookup_num_tokens": (1, _LARGE), "num_assistant_tokens": (1, _LARGE)}
+_COUNTS |= {"max_matching_ngram_size": (1, _LARGE), "max_cache_len": (1, _LARGE)}
+_NUMBERS = {"temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "top_h": (0, 1), "typical_p": (0, 1)}
+_NUMBERS |= {"epsilon_cutoff": (0, 1), "eta_cutoff": (0, 1), "assistant_confidence_threshold": (0, 1)}
+_NUMBERS |= {"repetition_penalty": (1e-6, 1e6), "length_penalty": (-1e6, 1e6), "guidance_scale": (0, 1e6)}
+_NUMBERS |= {"max_time": (0, 1e9), "encoder_repetition_penalty": (1e-6, 1e6)}
+_FLAGS = ("do_sample", "use_cache", "use_mtp", "renormalize_logits", "remove_invalid_values", "token_healing")
+_FLAGS += ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
+_FLAGS += ("disable_compile",)
+_TOKENS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+_SOME_TOKENS = ("eos_token_id", "forced_eos_token_id")
+_TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 # The arguments of `from_pretrained` that say where a checkpoint is.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
@@ -85,9 +106,13 @@ class CheckpointFiles:
         self._path = path
         self._variant = hub_kwargs.get("variant")
         self.shard_of: dict[str, str] = {}  # tensor name -> file name; empty where there are no safetensors files
+        self.headers: dict[
+            str, dict
+        ] = {}  # tensor name -> its dtype and shape; of the shards that are on this machine
         # In transformers' order: one file goes before shards, which a model saved again leaves beside it.
         if (single := self.find(SAFE_WEIGHTS_NAME)) is not None:
-            self.shard_of = dict.fromkeys(_read_header(single), SAFE_WEIGHTS_NAME)
+            self.headers = _read_header(single)
+            self.shard_of = dict.fromkeys(self.headers, SAFE_WEIGHTS_NAME)
         elif (index := self.find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
             self._read_index(index)
 
@@ -130,12 +155,110 @@ class CheckpointFiles:
             absent = [key for key, file in self.shard_of.items() if file == name and key not in header]
             if absent:
                 raise ValueError(f"{shard} lacks {absent[0]}, which the index says it holds; download it again.")
+            self.headers |= {key: entry for key, entry in header.items() if self.shard_of.get(key) == name}
+
+    def check(self, model: torch.nn.Module, shapes: bool, whole: bool):
+        """Compares what a model (on the meta device) needs with what is here, before anything is loaded.
+
+        Args:
+            shapes: whether tensors of another shape are an error.
+            whole: whether missing ones are; those of a task's head never are, and those of an indexer are not where there
+                is none, so that models may be given one.
+
+        Raises:
+            ValueError: naming the tensor; an expert's under the name that it has in the files.
+        """
+        has_indexer = any(".indexer." in name for name in self.shard_of)
+        for name, shape in _names_in_files(model, self.shard_of):
+            name, optional = self._own_name(name), _belongs_to_head(name, model)
+            if name not in self.shard_of:
+                if whole and not optional and (has_indexer or ".indexer." not in name):
+                    raise ValueError(
+                        f"{self._path} has no tensor {name}, which its config.json asks for. The files are not whole, or "
+                        "another model's: download them again, or use the config.json that belongs to them."
+                    )
+                continue
+            header = self.headers.get(name, {"dtype": "F32", "shape": shape})
+            if not header["dtype"].startswith((*_FLOATS, "F8")):
+                raise ValueError(
+                    f"{name} in {self._path} holds {header['dtype']}, not floating-point numbers, and config.json names no "
+                    "`quantization_config` that would say what they mean. Download the files again, or convert them."
+                )
+            if shapes and tuple(header["shape"]) != tuple(shape):
+                raise ValueError(
+                    f"{name} in {self._path} has shape {tuple(header['shape'])}, but its config.json asks for "
+                    f"{tuple(shape)}. Use the config.json that belongs to the weights, or download both again. For a "
+                    "changed vocabulary, load and then call model.resize_token_embeddings."
+                )
+
+    def check_scales(self, block_size: tuple[int, int] | None):
+        """
+        Args:
+            block_size: of block-scaled FP8; None where config.json says nothing of it.
+
+        Raises:
+            ValueError: an FP8 matrix has no scales, or of another shape, or what has scales is no FP8 matrix.
+        """
+        remedy = "The checkpoint is not whole or was changed; download it again."
+        suffix = "_scale_inv"
+        scaled = {name.removesuffix(suffix) for name in self.shard_of if name.endswith(suffix)}
+        fp8 = {name for name, header in self.headers.items() if header["dtype"].startswith("F8")}
+        if block_size is None and (scaled or fp8):
+            raise ValueError(
+                f"{min(scaled | fp8)} in {self._path} is FP8, but config.json has no `quantization_config`, without which "
+                "its numbers mean nothing. Use the config.json that belongs to the weights."
+            )
+        if orphans := scaled - self.shard_of.keys():
+            raise ValueError(f"{self._path} has {min(orphans)}{suffix} but no {min(orphans)}. {remedy}")
+        if bare := fp8 - scaled:
+            raise ValueError(f"{min(bare)} in {self._path} is FP8 but has no {min(bare)}{suffix}. {remedy}")
+        for name in sorted(scaled & self.headers.keys()):
+            header, scale = self.headers[name], self.headers[name + suffix]
+            if name not in fp8 or len(header["shape"]) != 2:
+                raise ValueError(
+                    f"{self._path} has {name}{suffix}, but {name} is {header['dtype']} of shape {header['shape']}, no FP8 "
+                    f"matrix. {remedy}"
+                )
+            expected = [-(-size // block) for size, block in zip(header["shape"], block_size, strict=True)]
+            if scale["shape"] != expected or scale["dtype"] not in _FLOATS:
+                raise ValueError(
+                    f"{name}{suffix} in {self._path} is {scale['dtype']} of shape {scale['shape']}; blocks of {block_size} "
+                    f"in a matrix of shape {header['shape']} have scales of shape {expected}. {remedy}"
+                )
+
+    def _own_name(self, name: str) -> str:
+        """A parameter's name as these files have it: with or without the prefix of a base model."""
+        names = (name, f"model.{name}", name.removeprefix("model."))
+        return next((own for own in names if own in self.shard_of), name)
 
     def slices(self) -> dict:
         """Tensor name -> its safetensors slice: `slice[...]` reads it."""
         shards = {name: self.find(name, optional=False) for name in sorted(set(self.shard_of.values()))}
         handles = {name: safe_open(file, framework="pt") for name, file in shards.items()}
-        return {key: handles[name].get_slice(key) for key, name in self.shard_of.items()}
+        slices = {key: handles[name].get_slice(key) for key, name in self.shard_of.items()}
+        self.headers = {key: {"dtype": x.get_dtype(), "shape": x.get_shape()} for key, x in slices.items()}
+        return slices
+
+
+def _names_in_files(model: torch.nn.Module, present) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a model's tensors as the files have them: one weight an expert, unless a stack is `present`."""
+    for name, tensor in model.state_dict().items():
+        path, _, last = name.rpartition(".")
+        if not path.endswith("mlp.experts") or any(own in present for own in (name, f"model.{name}")):
+            yield name, tuple(tensor.shape)
+            continue
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        shape = (tensor.shape[1] // len(parts), tensor.shape[2])
+        yield from ((f"{path}.{i}.{part}.weight", shape) for i in range(len(tensor)) for part in parts)
+
+
+def _belongs_to_head(name: str, model: torch.nn.Module) -> bool:
+    """Whether a checkpoint may lack a tensor: the head of a task, which is still to be trained, and a tied output head.
+    The output head of what was saved as a language model must be there."""
+    if name.startswith("model.") or not hasattr(model, "model"):
+        return False
+    saved_as = (model.config.architectures or [""])[0]
+    return name != "lm_head.weight" or model.config.tie_word_embeddings or not saved_as.endswith("ForCausalLM")
 
 
 def _read_header(path: str) -> dict:
@@ -160,6 +283,78 @@ def _read_header(path: str) -> dict:
     except SafetensorError as error:
         raise ValueError(f"{path} has a wrong safetensors header ({error}). {remedy}") from error
     return header
+
+
+def check_generation_config(path: str, vocab_size: int):
+    """Looks at a generation_config.json, which transformers takes as it is, or passes over if it is no JSON.
+
+    Raises:
+        ValueError: it is no JSON object, or a field has a value of a wrong kind; the message names both.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            fields = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON ({error}). Download it again, or remove it.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no JSON object with fields of generation. Download it again, or remove it.")
+    for name, value in fields.items():
+        if value is None:
+            continue
+        # what forces or forbids a token must be one of the model's
+        most = (
+            vocab_size - 1 if name.startswith("forced_") or "suppress" in name or name == "bad_words_ids" else _LARGE
+        )
+        if allowed := _what_is_allowed(name, value, most):
+            raise ValueError(f"`{name}` is {value!r} in {path}; it must be {allowed}, or null. Correct the file.")
+
+
+def _what_is_allowed(name: str, value, most_token: int) -> str | None:
+    """What a field of generation_config.json must be if this value is not possible, else None."""
+
+    def is_count(number, least: int, most: int) -> bool:
+        return isinstance(number, int) and is_number(number, least, most)
+
+    def is_number(number, least: float, most: float) -> bool:
+        return isinstance(number, (int, float)) and not isinstance(number, bool) and least <= number <= most
+
+    def are_tokens(tokens) -> bool:
+        return isinstance(tokens, list) and all(is_count(token, 0, most_token) for token in tokens)
+
+    if name in _COUNTS:
+        least, most = _COUNTS[name]
+        return None if is_count(value, least, most) else f"a whole number from {least} to {most}"
+    if name in _NUMBERS:
+        least, most = _NUMBERS[name]
+        return None if is_number(value, least, most) else f"a number from {least} to {most:g}"
+    if name in _FLAGS:
+        return None if isinstance(value, bool) else "true or false"
+    if name in _TOKENS:
+        return None if are_tokens([value]) else f"a token's number from 0 to {most_token}"
+    if name in _SOME_TOKENS:
+        several = value if isinstance(value, list) and value else [value]
+        return None if are_tokens(several) else f"a token's number from 0 to {most_token}, or a list of such"
+    if name in _TOKEN_LISTS:
+        return None if are_tokens(value) else f"a list of tokens' numbers from 0 to {most_token}"
+    if name == "bad_words_ids":
+        is_list = isinstance(value, list) and all(tokens and are_tokens(tokens) for tokens in value)
+        return None if is_list else f"a list of lists of tokens' numbers from 0 to {most_token}"
+    if name == "sequence_bias":
+        pairs = value if isinstance(value, list) else [value]
+        is_list = all(isinstance(pair, list) and len(pair) == 2 and are_tokens(pair[0]) for pair in pairs)
+        return None if is_list else "a list of pairs, a list of tokens' numbers and a number"
+    if name == "exponential_decay_length_penalty":
+        is_pair = isinstance(value, list) and len(value) == 2
+        is_pair = is_pair and is_count(value[0], 0, _LARGE) and is_number(value[1], 1e-6, 1e6)
+        return None if is_pair else "a pair, the number of a token and a factor"
+    if name == "watermarking_config":
+        return None if isinstance(value, dict) else "an object"
+    if name == "stop_strings":
+        texts = value if isinstance(value, list) else [value]
+        return None if all(isinstance(text, str) for text in texts) else "a text, or a list of texts"
+    if name == "early_stopping":
+        return None if isinstance(value, bool) or value == "never" else "true, false or 'never'"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,15 +426,16 @@ def pop_block_fp8(config) -> tuple[int, int] | None:
 
 
 def dequantised_state_dict(files: CheckpointFiles, block_size: tuple[int, int]) -> dict:
-    """Every tensor of an FP8 checkpoint, to be read one at a time; those with a scale as `DequantisedSlice`."""
+    """Every tensor of an FP8 checkpoint, to be read one at a time; those with a scale as `DequantisedSlice`.
+
+    Raises:
+        ValueError: as `check_scales`.
+    """
     slices = files.slices()
+    files.check_scales(block_size)
     suffix = "_scale_inv"
     scales = {key.removesuffix(suffix): slices.pop(key) for key in list(slices) if key.endswith(suffix)}
-    for key, scale in scales.items():
-        if key not in slices:
-            raise ValueError(f"The checkpoint has {key}{suffix} but no {key}; it is not whole, download it again.")
-        slices[key] = DequantisedSlice(slices[key], scale, block_size)
-    return slices
+    return slices | {key: DequantisedSlice(slices[key], scale, block_size) for key, scale in scales.items()}
 
 
 @contextmanager

@@ -52,6 +52,7 @@ from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbeddi
 from .loading_deepseek import (
     HUB_ARGUMENTS,
     CheckpointFiles,
+    check_generation_config,
     default_dtype,
     dequantised_state_dict,
     explain_loading_error,
@@ -100,7 +101,7 @@ def eager_attention_forward(
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # [B, H, T, D]
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)  # [B, H, T, Dv]
     scores = _masked(query @ key.transpose(-1, -2) * scaling, attention_mask)  # [B, H, S, T]
-    probs = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    probs = _softmax(scores).to(query.dtype)
     probs = F.dropout(probs, p=dropout, training=module.training)
     return (probs @ value).transpose(1, 2).contiguous(), probs  # [B, S, H, Dv]
 
@@ -111,7 +112,18 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return scores
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores + mask
+    # in float16 a negative score and the smallest number would be -inf
+    return scores.to(_wider(scores.dtype)) + mask
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, in float32 or, where scores are float64, in that: its smallest number is -inf in float32."""
+    return scores.softmax(dim=-1, dtype=_wider(scores.dtype))
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for itself: what attention is summed in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class DeepseekAttention(nn.Module):
@@ -368,7 +380,7 @@ class DeepseekMLA(nn.Module):
                 scores = q_latent @ latent[:, 0].transpose(1, 2)  # [B, H * S, T]
                 scores.baddbmm_(q_rope, k_rope[:, 0].transpose(1, 2))  # in place: no copy of the scores
             scores = _masked(scores.view(batch, heads, length, -1), attention_mask)  # [B, H, S, T]
-            probs = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
+            probs = _softmax(scores).to(latent.dtype)
             mixed = probs.flatten(1, 2) @ latent[:, 0]  # [B, H * S, C]
         mixed = mixed.view(batch, heads, length, -1)  # [B, H, S, C]
         return _per_head(mixed, w_uv.transpose(1, 2)).transpose(1, 2), probs  # [B, S, H, Dv]
@@ -378,20 +390,21 @@ class DeepseekMLA(nn.Module):
         query = torch.cat((q_nope, q_rope), dim=-1) * self.scaling  # [B, H, S, Dn + Dr]
         batch, heads, length, _ = query.shape
         block = max(128, _BLOCK_BYTES // (4 * batch * heads * length))
-        # Online softmax: the running maximum, sum and output of what has been seen, all float32.
-        maximum = query.new_full((batch, heads, length, 1), float("-inf"), dtype=torch.float32)
+        # Online softmax: the running maximum, sum and output of what has been seen, float32 at least.
+        dtype = _wider(query.dtype)
+        maximum = query.new_full((batch, heads, length, 1), float("-inf"), dtype=dtype)
         total = torch.zeros_like(maximum)
-        output = torch.zeros(batch, heads, length, self.v_head_dim, dtype=torch.float32, device=query.device)
+        output = query.new_zeros(batch, heads, length, self.v_head_dim, dtype=dtype)
         for start in range(0, latent.shape[2], block):
             keys = slice(start, start + block)
             key, value = self._expand(latent[:, :, keys], k_rope[:, :, keys])
             mask = None if attention_mask is None else attention_mask[..., keys]
-            scores = _masked((query @ key.transpose(-1, -2)).float(), mask)  # [B, H, S, block]
+            scores = _masked((query @ key.transpose(-1, -2)).to(dtype), mask)  # [B, H, S, block]
             new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
             probs = (scores - new_maximum).exp()
             decay = (maximum - new_maximum).exp()  # [B, H, S, 1]
             total = total * decay + probs.sum(dim=-1, keepdim=True)
-            output = output * decay + (probs.to(value.dtype) @ value).float()
+            output = output * decay + (probs.to(value.dtype) @ value).to(dtype)
             maximum = new_maximum
         return (output / total).to(q_nope.dtype).transpose(1, 2), None  # [B, S, H, Dv]
 
@@ -721,9 +734,12 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 "plans are for stacked experts. Use `device_map`, or pass separate_experts=False."
             )
         files = CheckpointFiles(pretrained_model_name_or_path, kwargs)
+        if cls.can_generate() and (generation_config := files.find("generation_config.json")) is not None:
+            check_generation_config(generation_config, config.vocab_size)
         if files.shard_of:
             present = files.count_mtp_modules(config.num_hidden_layers)
             config.num_nextn_predict_layers = min(config.num_nextn_predict_layers, present)
+            cls._check_tensors(files, config, kwargs)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # other files are pickles
         if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
@@ -751,6 +767,24 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     pretrained_model_name_or_path, **files.where
                 )
         return loaded
+
+    @classmethod
+    def _check_tensors(cls, files: CheckpointFiles, config: DeepseekConfig, kwargs: dict):
+        """Refuses files that are not those of the model that the config describes, `kwargs` those of `from_pretrained`."""
+        if is_quantised(config, kwargs.get("quantization_config")) or kwargs.get("key_mapping"):
+            return  # names and shapes are the library's
+        files.check_scales(pop_block_fp8(copy.deepcopy(config)))
+        if kwargs.get("state_dict") is not None:
+            return
+        config = copy.deepcopy(config)
+        config.quantization_config = None
+        with torch.device("meta"):
+            model = cls(config)
+        files.check(
+            model,
+            shapes=not kwargs.get("ignore_mismatched_sizes"),
+            whole=not kwargs.get("output_loading_info"),  # who asks for the report wants to see for himself
+        )
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, under the model's own class: a class that a library puts in its place (as FSDP2 does) would

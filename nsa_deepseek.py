@@ -22,6 +22,7 @@ from torch import nn
 from .layers_deepseek import apply_rotary
 from .nsa_kernels_deepseek import (
     attend_gathered as triton_attend_gathered,
+    best_blocks,
     compressed_attention as triton_compressed_attention,
     join_streams,
     kernels_run_on,
@@ -87,7 +88,8 @@ def nsa_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three branches for one stream, query by query as the paper's eq. 7-12 say; slow, the oracle of the tests.
 
-    Two readings of the paper are fixed here. Eq. 9 counts blocks and compressed entries from 1; read with a count
+    Three readings of the paper are fixed here. Importance is compared in bfloat16, and of equally important blocks the
+    later one is selected (see `best_blocks`). Eq. 9 counts blocks and compressed entries from 1; read with a count
     from 0 it would be shifted by a whole block. Eq. 8 lacks the scale of the softmax; with it, p_cmp are the
     probabilities of the compressed branch.
 
@@ -119,9 +121,9 @@ def nsa_reference(
         rank = {}
         for j in range(1, own + 2):  # the paper's j
             entries = [units_a_select * j - m - n for m in range(units_a_select) for n in range(units_a_block)]
-            importance = sum(p_cmp[:, i - 1].sum().item() for i in entries if 1 <= i <= len(visible))
+            importance = sum((p_cmp[:, i - 1].sum() for i in entries if 1 <= i <= len(visible)), torch.zeros(()))
             fixed = j - 1 < sizes.num_init or j - 1 > own - sizes.num_local
-            rank[j - 1] = (not fixed, -importance)
+            rank[j - 1] = (not fixed, -importance.bfloat16().item(), -j)
         blocks = sorted(rank, key=rank.get)[: sizes.num_select]
         chosen[t, blocks] = True
         keys = [
@@ -347,9 +349,7 @@ def choose_blocks(mass: torch.Tensor, positions: torch.Tensor, num_blocks: int, 
     importance[..., : sizes.num_init] = float("inf")
     importance.masked_fill_(block > own - sizes.num_local, float("inf"))
     importance.masked_fill_(block > own, float("-inf"))
-    best, blocks = importance.topk(min(sizes.num_select, num_blocks), dim=-1, sorted=False)
-    blocks.masked_fill_(best == float("-inf"), -1)
-    return blocks if num_blocks >= sizes.num_select else F.pad(blocks, (0, sizes.num_select - num_blocks), value=-1)
+    return best_blocks(importance, sizes.num_select)
 
 
 def compressed_attention(

@@ -23,6 +23,8 @@ import functools
 
 import torch
 
+from .layers_deepseek import rank_places, ranked_places
+
 try:
     import triton
     import triton.language as tl
@@ -64,6 +66,24 @@ def split_streams(states: torch.Tensor, num_key_value_heads: int) -> torch.Tenso
 def join_streams(states: torch.Tensor, batch: int) -> torch.Tensor:
     """[N, S, G, D] -> [B, H, S, D], the inverse of `split_streams`"""
     return states.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def best_blocks(importance: torch.Tensor, num_select: int) -> torch.Tensor:
+    """The selection blocks of the highest importance; of equally important ones the later.
+
+    Blocks of equal text are equally important, but what is computed differs by rounding, as shapes have it. So numbers
+    are compared in bfloat16.
+
+    Args:
+        importance: float32 [..., blocks], -inf for blocks that may not be selected.
+
+    Returns:
+        int64 [..., num_select] in no order; -1 fills up where fewer blocks exist.
+    """
+    num_best = min(num_select, importance.shape[-1])
+    ranks = rank_places(importance.bfloat16().float())
+    blocks = ranked_places(ranks.topk(num_best, dim=-1, sorted=False).values)
+    return torch.nn.functional.pad(blocks, (0, num_select - num_best), value=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -368,9 +388,9 @@ def _choose_blocks(query, key, log_sum_exp, first, scaling, num_blocks, sizes) -
     query, key = query.contiguous(), dense_rows(key)
     streams, length, group, width = query.shape
     heads, tile = power_of_two(group, least=1), _tile_size(query)
-    queries, num_best = max(1, tile // heads), min(sizes.num_select, num_blocks)
+    queries = max(1, tile // heads)
     part = max(1, _SCORE_BYTES // (4 * streams * num_blocks))
-    chosen = torch.full((streams, length, sizes.num_select), -1, device=query.device)
+    chosen = torch.empty(streams, length, sizes.num_select, dtype=torch.int64, device=query.device)
     for start in range(0, length, part):
         size = min(part, length - start)
         scores = torch.empty(streams, size, num_blocks, dtype=torch.float32, device=query.device)
@@ -380,8 +400,7 @@ def _choose_blocks(query, key, log_sum_exp, first, scaling, num_blocks, sizes) -
             *(*key.stride()[:2], scaling, group, heads, sizes.block, sizes.stride, sizes.select_block),
             *(sizes.num_init, sizes.num_local, width, padded_width(query), queries, tile),
         )
-        best, blocks = scores.topk(num_best, dim=-1, sorted=False)
-        chosen[:, start : start + size, :num_best] = blocks.masked_fill(best == float("-inf"), -1)
+        chosen[:, start : start + size] = best_blocks(scores, sizes.num_select)
     return chosen
 
 

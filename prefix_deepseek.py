@@ -89,7 +89,7 @@ class Prefix:
         }
         tensors["input_ids"] = self.input_ids.contiguous()
         part = Path(f"{os.fspath(path)}.part")
-        save_file(tensors, part, metadata={"format": _FORMAT, **self.made_by})
+        save_file(tensors, part, metadata={"format": _FORMAT, "tensors": _list(tensors), **self.made_by})
         os.replace(part, path)
 
 
@@ -106,6 +106,7 @@ def read_prefix(path: str | os.PathLike, made_by: dict, make_layer: Callable, de
             metadata = file.metadata() or {}
             _check(path, metadata, made_by)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            _check_whole(path, metadata.get("tensors"), tensors)
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file ({error}). Make it again.") from error
     input_ids = tensors.pop("input_ids")
@@ -114,6 +115,28 @@ def read_prefix(path: str | os.PathLike, made_by: dict, make_layer: Callable, de
         _, index, state = name.split(".", 2)
         layers[int(index)][state] = tensor
     return Prefix(input_ids, layers, make_layer, made_by)
+
+
+def _list(tensors: dict[str, torch.Tensor]) -> str:
+    """Name, dtype and shape of each tensor."""
+    return json.dumps({name: [str(x.dtype), *x.shape] for name, x in sorted(tensors.items())})
+
+
+def _check_whole(path, listed: str | None, tensors: dict[str, torch.Tensor]):
+    """Compares the tensors of a file with those that were saved, which it lists."""
+    remedy = "Make it again by model.make_prefix(input_ids).save(path)."
+    if listed is None:
+        raise ValueError(
+            f"The prefix in {os.fspath(path)!r} does not say which tensors it has; an older version or another tool wrote "
+            f"it. {remedy}"
+        )
+    saved, found = json.loads(listed), json.loads(_list(tensors))
+    for name in sorted(saved.keys() | found.keys()):
+        if saved.get(name) != found.get(name):
+            raise ValueError(
+                f"{os.fspath(path)!r} is damaged: it has {found.get(name, 'no tensor')} for {name}, and was saved with "
+                f"{saved.get(name, 'none')}. {remedy}"
+            )
 
 
 def _check(path, metadata: dict[str, str], made_by: dict[str, str]):

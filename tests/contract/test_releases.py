@@ -28,6 +28,7 @@ IMPORTED = {
     "transformers.generation.logits_process": {
         *("EpsilonLogitsWarper", "EtaLogitsWarper", "MinPLogitsWarper", "SynthIDTextWatermarkLogitsProcessor"),
         *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TypicalLogitsWarper"),
+        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     },
     "transformers.integrations.moe": {"ALL_EXPERTS_FUNCTIONS", "use_experts_implementation"},
     "transformers.modeling_layers": {

@@ -32,7 +32,7 @@ ALLOWED = {
     "moe_deepseek": {"compat_deepseek", "layers_deepseek"},
     "generation_deepseek": {"cache_deepseek", "compat_deepseek", "prefix_deepseek"},
     "prefix_deepseek": set(),
-    "nsa_kernels_deepseek": set(),
+    "nsa_kernels_deepseek": {"layers_deepseek"},
     "dsa_kernels_deepseek": {"nsa_kernels_deepseek"},
     "nsa_deepseek": {"layers_deepseek", "nsa_kernels_deepseek"},
     "dsa_deepseek": {"layers_deepseek", "nsa_kernels_deepseek", "dsa_kernels_deepseek"},

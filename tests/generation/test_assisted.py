@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import make_model, make_tokens
+from transformers import LogitsProcessor, LogitsProcessorList
 
 FAMILIES = ("llama", "deepseek", "v2_lite", "v2", "v3", "v32", "nsa")
 # no token is taken for padding: transformers hands no mask on to the draft model
@@ -45,3 +46,13 @@ def test_draft_model_that_has_mtp_tokens_set():
     assistant.generation_config.mtp_tokens = 2
     actual = model.generate(prompt, assistant_model=assistant, **GREEDY)
     assert torch.equal(actual, model.generate(prompt, **GREEDY))
+
+
+@pytest.mark.parametrize("module", ["xgrammar.contrib.hf", "outlines.processors.structured", "llguidance.hf"])
+def test_grammars_are_refused_before_the_prompt_is_read(module):
+    grammar = type("Grammar", (LogitsProcessor,), {"__module__": module})()
+    model, prompt = make_model("v3"), make_tokens(1, 12)
+    model.model.forward = None  # not called
+    for settings in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model("v3")}):
+        with pytest.raises(ValueError, match=r"Grammar must see each token .* once.*mtp_tokens"):
+            model.generate(prompt, logits_processor=LogitsProcessorList([grammar]), **settings, **GREEDY)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from checks import assert_close
 from deepseek_repo import generation_deepseek as generation
 from tiny import make_model, make_tokens, randomise
 from transformers import (
@@ -15,6 +16,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -149,6 +151,95 @@ class TestGreedy:
         assert torch.equal(model.generate(**batch, mtp_tokens=3, **settings), expected)
 
 
+class Grammar(LogitsProcessor):
+    """As those of xgrammar and outlines: a state for each row, moved on by the row's last token at each call.
+
+    After token t come those with the remainder (t + number of tokens) modulo 3, and the end; after the end, anything.
+    """
+
+    def __init__(self, end: int | None):
+        self.end, self.width, self.states, self.tokens = end, None, None, []
+
+    def __call__(self, input_ids, scores):
+        rows = range(len(input_ids))
+        if self.width is None:
+            self.states = [0 for _ in rows]
+        else:
+            assert input_ids.shape[1] == self.width + 1, "called out of order"
+            for row in rows:
+                token = input_ids[row, -1].item()
+                if self.states[row] is None:
+                    continue
+                assert token == self.end or token % 3 == self.states[row], "a token that the grammar did not allow"
+                self.states[row] = None if token == self.end else (token + self.width) % 3
+                self.tokens.append((row, token))
+        self.width = input_ids.shape[1]
+        scores = scores.clone()
+        for row, state in enumerate(self.states):
+            if state is not None:
+                hidden = torch.arange(scores.shape[1]) % 3 != state
+                if self.end is not None:
+                    hidden[self.end] = False
+                scores[row, hidden] = float("-inf")
+        return scores
+
+
+class TestProcessorsWithAState:
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("quality", [None, 0.0, 0.7, 1.0])
+    @pytest.mark.parametrize("family", ["v3", "v3_mtp2", "v32", "nsa"])
+    def test_grammars(self, family, rows, quality, oracle):
+        model, batch = mtp_model(family), padded_batch()
+        batch = {name: states[:rows] for name, states in batch.items()}
+        free = model.generate(**batch, **GREEDY, logits_processor=LogitsProcessorList([Grammar(None)]))
+        assert not torch.equal(free, model.generate(**batch, **GREEDY)), "the grammar forbids nothing"
+        for end in (None, free[0, 27].item()):  # the first row ends before the others
+            settings = {**GREEDY, "eos_token_id": end}
+            plain, drafted = Grammar(end), Grammar(end)
+            expected = model.generate(**batch, **settings, logits_processor=LogitsProcessorList([plain]))
+            if quality is not None:
+                padding = torch.zeros(rows, 16 - (expected.shape[1] - 20), dtype=torch.long)
+                oracle(20, torch.cat((expected[:, 20:], padding), dim=1), quality)
+            outputs = model.generate(
+                **batch,
+                **settings,
+                logits_processor=LogitsProcessorList([drafted]),
+                mtp_tokens=3,
+                return_dict_in_generate=True,
+            )
+            assert torch.equal(outputs.sequences, expected)
+            assert drafted.tokens == plain.tokens
+            if quality == 1.0 and end is None:
+                assert outputs.rounds == 4, "drafts that are right are not accepted"
+
+    @pytest.mark.parametrize("sample", [False, True])
+    def test_watermark(self, sample):
+        """Of transformers, which counts its calls."""
+        model, prompt = mtp_model("v3"), make_tokens(2, 12)
+
+        def generate(**more):
+            torch.manual_seed(0)
+            watermark = SynthIDTextWatermarkLogitsProcessor(
+                ngram_len=3, keys=[7, 11, 13], sampling_table_size=64, sampling_table_seed=0, context_history_size=8,
+                device="cpu",
+            )  # fmt: skip
+            settings = {**GREEDY, "do_sample": sample, "logits_processor": LogitsProcessorList([watermark])}
+            return model.generate(prompt, **settings, **more)
+
+        assert generate(mtp_tokens=2).shape == (2, 28)
+        if not sample:
+            assert torch.equal(generate(mtp_tokens=2), generate())
+
+    def test_reported_scores_are_those_of_plain_generation(self):
+        model, prompt = mtp_model("v3"), make_tokens(1, 12)
+        settings = {**GREEDY, "return_dict_in_generate": True, "output_scores": True}
+        plain, drafted = (
+            model.generate(prompt, logits_processor=LogitsProcessorList([Grammar(None)]), **settings, **more)
+            for more in ({}, {"mtp_tokens": 2})
+        )
+        assert_close(torch.stack(drafted.scores).clamp(min=-1e9), torch.stack(plain.scores).clamp(min=-1e9), "scores")
+
+
 class TestDrafts:
     """The drafter against its definition: the modules over whole rows, without caches."""
 
@@ -269,6 +360,18 @@ class TestSampling:
         )
         assert self.p_value(counts, probs) > 1e-3
         assert self.p_value(self.sample(model, settings)[0], probs) > 1e-3, "of plain sampling"
+
+    def test_distribution_of_a_processor_with_a_state(self, model):
+        """Drafts are drawn without it, and it is called in order; what comes out is distributed by it all the same."""
+
+        class Prefers(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                return scores + torch.arange(scores.shape[1]) % 3
+
+        processors = LogitsProcessorList([Prefers()])
+        counts, _ = self.sample(model, {"top_k": 0, "logits_processor": processors}, mtp_tokens=2)
+        assert self.p_value(counts, self.exact(model, processors)) > 1e-3
+        assert self.p_value(counts, self.exact(model, LogitsProcessorList())) < 1e-6
 
     def test_a_wrong_rule_is_noticed(self, model, monkeypatch):
         settings, processors = self.WARPERS[0]
