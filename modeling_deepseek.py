@@ -882,9 +882,13 @@ class DeepseekModel(DeepseekPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        use_growing_layers(past_key_values, self.make_cache_layer)
+        if past_key_values is not None:
+            use_growing_layers(past_key_values, self.make_cache_layer)
 
-        shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values)
+        mask, has_past, position_ids, token_mask = self.create_causal_mask(
+            inputs_embeds, attention_mask, position_ids, past_key_values
+        )
+        shared = self._shared_by_layers(inputs_embeds, mask, has_past, position_ids, token_mask)
         hidden_states, losses = inputs_embeds, self._layer_losses()
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = losses.take(
@@ -919,7 +923,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
             losses and of their indexers' losses.
         """
         inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        shared = self._shared_by_layers(inputs_embeds, attention_mask, position_ids, past_key_values=None)
+        visible = self.create_causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values=None)
+        shared = self._shared_by_layers(inputs_embeds, *visible)
         states, losses = [], self._layer_losses()
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
             # positional, since reentrant gradient checkpointing tracks only such arguments
@@ -950,11 +955,23 @@ class DeepseekModel(DeepseekPreTrainedModel):
             [B, S, hidden_size], before the module's output norm.
         """
         layer = self.layers[self.config.num_hidden_layers + index]
-        shared = self._shared_by_layers(next_embeds, attention_mask, position_ids, past_key_values)
+        visible = self.create_causal_mask(next_embeds, attention_mask, position_ids, past_key_values)
+        shared = self._shared_by_layers(next_embeds, *visible)
         return layer(hidden_states, next_embeds, past_key_values=past_key_values, **shared)[0]
 
-    def _shared_by_layers(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
-        """What every layer gets alike: mask, positions, rotation angles and which tokens are real."""
+    def create_causal_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[object, bool, torch.LongTensor, torch.BoolTensor | None]:
+        """What is seen from where. Tracers by torch.fx (llm-compressor) take a function of this name as one step.
+
+        Returns:
+            the mask in the form of the attention classes, whether there is a past to attend to, positions [B or 1, S],
+            and in training which tokens are real, bool [B, S] (None: all).
+        """
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
@@ -962,6 +979,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
             token_mask = attention_mask.bool()
         mask, has_past = self._mask(attention_mask, inputs_embeds, position_ids, past_key_values, past_length)
+        return mask, has_past, position_ids, token_mask
+
+    def _shared_by_layers(self, inputs_embeds, mask, has_past, position_ids, token_mask) -> dict:
+        """What every layer gets alike"""
         return {
             "attention_mask": mask,
             "has_past": has_past,

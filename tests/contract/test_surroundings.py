@@ -520,3 +520,20 @@ def test_a_class_that_a_library_puts_in_its_place_is_not_saved(tmp_path, monkeyp
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert config["auto_map"]["AutoModelForCausalLM"].endswith("modeling_deepseek.DeepseekForCausalLM")
     assert {file.name for file in tmp_path.glob("*.py")} == {file.name for file in ROOT.glob("*_deepseek.py")}
+
+
+@pytest.mark.compatibility("layers traced by `torch.fx`")
+@torch.no_grad()
+def test_what_a_layer_returns_besides_its_states_is_not_looked_at(family, monkeypatch):
+    """To torch.fx, by which llm-compressor cuts a model in layers, each result of a layer is a stand-in that is not None."""
+    model, tokens = make_model(family), make_tokens(2, 20)
+    expected = model(tokens)
+    for layer in model.model.layers:
+        forward = layer.forward
+        monkeypatch.setattr(
+            layer, "forward", lambda *args, of=forward, **kwargs: (of(*args, **kwargs)[0], *[object()] * 3)
+        )
+    outputs = model(tokens)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert outputs.aux_loss is None
+    assert outputs.index_loss is None
