@@ -4,7 +4,7 @@
 
 The text is the source code of Python's standard library, read as bytes, so nothing needs downloading. Reported is the
 load of the busiest expert over the mean, by layer, over the last tenth of the steps, and the loss. Writes
-benchmarks/results/balance.json and balance.png.
+runs/benchmarks/balance.json and balance.png.
 """
 
 import argparse

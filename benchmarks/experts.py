@@ -4,7 +4,7 @@
 
 Forms: one module an expert (`ModuleList`, DeepSeek's own hub code), and stacked parameters run by each experts
 implementation. LoRA: the usual target names given to PEFT, on transformers' DeepseekV3 class, on this model as it is,
-and on this model if it kept `model_type` "deepseek_v3" in memory. Writes benchmarks/results/experts.json.
+and on this model if it kept `model_type` "deepseek_v3" in memory. Writes runs/benchmarks/experts.json.
 """
 
 import argparse

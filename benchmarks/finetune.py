@@ -1,6 +1,6 @@
 """LoRA on attention, on experts and on everything, ESFT and full fine-tuning side by side, on bilingual number problems.
 
-    python -m benchmarks.finetune                     # the checkpoint in this folder; writes results/finetune.json and .png
+    python -m benchmarks.finetune                     # the checkpoint in this folder; writes runs/benchmarks/finetune.json and .png
     python -m benchmarks.finetune --only cost         # seconds and memory alone, where the machine has nothing else to do
     python -m benchmarks.finetune --methods "LoRA, all" --train-data gsm8k_train.jsonl --held-out-data gsm8k_test.jsonl \\
         --answer-kind number --max-tokens 512 --answer-tokens 200 --name finetune_gsm8k     # on data of your own

@@ -1,6 +1,6 @@
 """GRPO with a verifiable reward: a short SFT teaches the form of answers, then sampled answers are rewarded.
 
-    python -m benchmarks.grpo          # the checkpoint in this folder; writes results/grpo.json and grpo.png
+    python -m benchmarks.grpo          # the checkpoint in this folder; writes runs/benchmarks/grpo.json and grpo.png
 
 Training and held-out problems are disjoint. The reward is 1 for the right number, else 0; held-out accuracy is that of
 greedy answers.

@@ -3,7 +3,7 @@
     python -m benchmarks.int8_cache --data runs/data    # the checkpoint in this folder; the data of pretrain.data
 
 Windows of held-out text run through the cache 16 tokens at a time, so that nearly all attention reads what the cache has
-kept; the same windows with the full cache and with the int8 cache. Writes benchmarks/results/int8_cache.json.
+kept; the same windows with the full cache and with the int8 cache. Writes runs/benchmarks/int8_cache.json.
 """
 
 import argparse

@@ -7,7 +7,7 @@
     python -m benchmarks.learning dsa     --data runs/data    # MLA, an indexer added, both stages of its training
 
 DATA is a folder written by `python -m pretrain.data`; its languages get equal shares of the rows. Each finished
-training is kept in --work and not repeated, so that a stopped run goes on. Writes benchmarks/results/learning_NAME.json
+training is kept in --work and not repeated, so that a stopped run goes on. Writes runs/benchmarks/learning_NAME.json
 and .png. The sizes are such that selection selects: a query at the end of a row reads at most 80 of 1,024 tokens, besides the
 compressed entries.
 

@@ -11,7 +11,7 @@ Needs llama-cpp-python and a clone of llama.cpp for its converter (docs/interope
     families    a small random checkpoint of each family, as `save_pretrained` writes it
     speed       decoding and prefill, both implementations taking turns in one process with as many threads
 
-Writes benchmarks/results/llama_cpp.json.
+Writes runs/benchmarks/llama_cpp.json.
 """
 
 import argparse

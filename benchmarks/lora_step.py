@@ -5,7 +5,7 @@
 The model is that of `benchmarks.decode`. For the native class, PEFT must be told weights instead of modules to reach
 shared experts and dense layers at all (docs/design.md, section 1); that the trainable parameters are as many is checked.
 A step is forward, backward and AdamW; both take turns in one process. Memory is what three steps add to a process of
-their own at its peak. Writes benchmarks/results/lora_step.json.
+their own at its peak. Writes runs/benchmarks/lora_step.json.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 torchao always; bitsandbytes too where it is installed. All variants decode in turn in one process, one row over 128 tokens,
 in float32 arithmetic. What is quantised is what the libraries take by default: every Linear layer, routed experts included,
-without the output head, the embedding and the routers. Writes benchmarks/results/quantised.json.
+without the output head, the embedding and the routers. Writes runs/benchmarks/quantised.json.
 
 torchao's int4 on a CPU keeps each weight in a byte: its numbers show what four bits cost in quality, not the size.
 """

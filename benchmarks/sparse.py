@@ -14,7 +14,7 @@ Queries are scaled so that scores have a standard deviation of 3: attention is p
 Contestants take turns in one process. Memory is the growth of a fresh process's peak resident size, or of the GPU's
 peak allocation, over one call.
 The floor is the dense time multiplied by the share of its products of queries with keys that NSA makes.
-Writes benchmarks/results/sparse.json, sparse.png and the state of each gate, which are goals for CPUs; with a GPU
+Writes runs/benchmarks/sparse.json, sparse.png and the state of each gate, which are goals for CPUs; with a GPU
 sparse_cuda.json and sparse_cuda.png.
 """
 

@@ -6,7 +6,7 @@
 Prompts are the beginnings of English and Chinese sentences below, one row at a time and four at once (padded on the left),
 over a dynamic and a static cache, in float32 on a CPU. Without drafts and with 1, 2 and 3 take turns in one process; greedy
 and sampled (temperature 0.7, top-p 0.95). Tokens per second count the time of `generate`. Writes
-benchmarks/results/speculative.json.
+runs/benchmarks/speculative.json.
 
 Acceptance at place i is the share of rounds in which draft i and all before it were accepted; tokens a round is one more
 than their sum (of several rows: of those that go on).

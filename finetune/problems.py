@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.outputs import refuse_existing
 from finetune.data import write_jsonl
 
 LANGUAGES = ("en", "zh")
@@ -157,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         train, held_out = number_problems(args.train_examples, args.held_out_examples, args.seed, args.kinds)
-    except ValueError as error:
+        refuse_existing("--output", (args.output / name for name in ("train.jsonl", "held_out.jsonl")))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from common.loading import load_config, load_model, new_model
 from tools.add_remote_code import AUTO_MAP, code_files, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# What an export replaces; config.json and the code stay where they are.
+EXPORTED_FILES = ("model.safetensors", "model.safetensors.index.json", "generation_config.json")
 
 
 def export_checkpoint(

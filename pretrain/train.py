@@ -1,7 +1,7 @@
 """Trains a model of this repository on packed token shards, from random weights or from a checkpoint.
 
     python -m pretrain.train --model . --data runs/data --run-dir runs/base --steps 3000 \\
-        --tokenizer runs/tokenizer --export-dir . --figures-dir docs/images
+        --tokenizer runs/tokenizer --export-dir runs/model
 
 Continue a stopped run by the same command with `--resume`: data order, optimizer, schedule and random state go on as if
 it had never stopped. `--resume` with `--steps` no greater than the steps done exports what there is. Several processes:
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.extras import extra
+from common.outputs import refuse_existing
 
 with extra("train"):
     import torch
@@ -42,9 +43,9 @@ with extra("train"):
     from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
     from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
     from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
-    from pretrain.export import export_checkpoint
+    from pretrain.export import EXPORTED_FILES, TOKENIZER_FILES, export_checkpoint
     from pretrain.optimizers import OPTIMIZERS, build_optimizer
-    from pretrain.plot import read_log
+    from pretrain.plot import DRAWINGS, read_log
     from pretrain.report import write_report
 
 SCHEDULES = ("wsd", "cosine")
@@ -563,6 +564,15 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
         raise ValueError(f"--peak-tflops is {args.peak_tflops}; it must be positive, or left out to be measured")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package tensorboard; install it, or drop the option")
+    if not args.overwrite:
+        remedy = "name another folder, or add --overwrite to replace what lies there"
+        if args.export_dir:
+            files = list(EXPORTED_FILES)
+            if args.tokenizer and args.tokenizer.resolve() != args.export_dir.resolve():
+                files += TOKENIZER_FILES
+            refuse_existing("--export-dir", (args.export_dir / name for name in files), remedy)
+        if args.figures_dir:
+            refuse_existing("--figures-dir", (args.figures_dir / f"{name}.png" for name in DRAWINGS), remedy)
     if args.export_dir:
         if not args.tokenizer:
             raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
@@ -590,6 +600,11 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
     files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; needed for --export-dir")
     files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace weights and tokenizer in --export-dir, and the figures in --figures-dir",
+    )
     files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN_DIR/figures)")
     batch = parser.add_argument_group("batch")
     batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")

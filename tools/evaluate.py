@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.extras import extra
+from common.outputs import refuse_existing
 
 with extra("evaluate"):
     from rich import box
@@ -412,6 +413,8 @@ def run(args: argparse.Namespace) -> dict:
         ValueError, OSError, ImportError: something given is wrong or missing.
     """
     check(args)
+    if args.output is not None:
+        refuse_existing("--output", [args.output])
     import torch
     import transformers
 
