@@ -23,6 +23,7 @@ with extra("train"):
     from peft.tuners.lora.layer import ParamWrapper
     from safetensors import safe_open
 
+    from common.card import model_name
     from common.loading import load_config, new_model
     from finetune.experts import ESFT_CONFIG, ESFT_WEIGHTS, read_esft
     from finetune.lora import AdapterFiles, check_fits
@@ -160,7 +161,8 @@ def merge(source: Path, adapter: Path, output: Path) -> None:
         else:
             yield name, merged(name, tensor)
 
-    write_checkpoint(source, output, config, shard_of, change)
+    what = f"{model_name(source)} with the result `{adapter.resolve().name}` of a fine-tuning merged in (`finetune.merge`)."
+    write_checkpoint(source, output, config, shard_of, change, what)
 
 
 # ---------------------------------------------------------------- command line

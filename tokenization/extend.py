@@ -30,6 +30,7 @@ with extra("train"):
     from tokenizers.models import BPE
     from tqdm import tqdm
 
+    from common.card import model_name
     from tokenization.documents import check_paths, read_documents
     from tools.add_remote_code import read_config
     from tools.convert import refuse_existing, tensor_files, write_checkpoint
@@ -239,8 +240,12 @@ def extend_checkpoint(
 
     partial = output.with_name(f".{output.name}.{os.getpid()}.extended")
     try:
+        what = (
+            f"{model_name(source)} with {len(replaced)} more tokens, whose rows are means of the old ones and untrained "
+            "(`tokenization.extend`)."
+        )
         shards = tensor_files(source, ["embed_tokens.weight"])
-        write_checkpoint(source, partial, {**config, "vocab_size": num_rows}, shards, change)
+        write_checkpoint(source, partial, {**config, "vocab_size": num_rows}, shards, change, what, output.name)
         tokenizer.save(str(partial / "tokenizer.json"))
         os.rename(partial, output)
     finally:
