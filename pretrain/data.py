@@ -198,7 +198,8 @@ def build_dataset(
             if held_out_bytes < min_held_out_bytes:
                 raise ValueError(
                     f"language {language!r} has {held_out_bytes} held-out bytes, fewer than --min-held-out-bytes "
-                    f"{min_held_out_bytes}; raise --held-out-fraction (now {held_out_fraction}) or add files"
+                    f"{min_held_out_bytes}; raise --held-out-fraction (now {held_out_fraction}), lower "
+                    "--min-held-out-bytes, or add files; a .txt is one document, which corpus.split cuts into many"
                 )
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         partial.rename(output)
@@ -310,7 +311,7 @@ class PretrainingData:
         folder: folder with `index.json`.
         row_tokens: S, tokens in a training row.
         batch_rows: B, rows in a batch over all processes and accumulation steps.
-        mix: share of rows by language; normalised; a language left out is not trained on.
+        mix: share of rows by language; normalised; a language left out is not trained on. None: all alike.
         seed: seed of the orders.
 
     Raises:
@@ -318,13 +319,14 @@ class PretrainingData:
         ValueError: the mix names an unknown language, has no positive weight, or a language has no full row.
     """
 
-    def __init__(self, folder: Path, row_tokens: int, batch_rows: int, mix: dict[str, float], seed: int = 0):
+    def __init__(self, folder: Path, row_tokens: int, batch_rows: int, mix: dict[str, float] | None, seed: int = 0):
         index_path = folder / INDEX_NAME
         if not index_path.is_file():
             raise FileNotFoundError(f"{index_path} does not exist; write a dataset with `python -m pretrain.data`")
         self.index = json.loads(index_path.read_text(encoding="utf-8"))
         self.folder, self.seed = folder, seed
         languages = self.index["languages"]
+        mix = dict.fromkeys(languages, 1.0) if mix is None else mix
         unknown = sorted(set(mix) - set(languages))
         if unknown or min(mix.values(), default=-1) < 0 or sum(mix.values()) <= 0:
             raise ValueError(f"mix is {mix}; give non-negative weights for some of {', '.join(sorted(languages))}")
@@ -421,7 +423,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar=("LANGUAGE", "FILE"),
-        help="a language name and its .jsonl, .txt (.gz) or .parquet files; repeat for each language",
+        help="a language name and its .jsonl, .txt (.gz) or .parquet files, a .txt being one document; repeat for each",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--output", type=Path, required=True, help="folder to create for the shards")

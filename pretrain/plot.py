@@ -21,8 +21,21 @@ from common.outputs import refuse_existing
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a JSON-lines log in file order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """The records of a JSON-lines log in file order; a last line that a full disk or a kill cut is left out and said.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not JSON ({error}); take that line out") from error
+            print(f"note: the last line of {path} is cut; it is left out", file=sys.stderr)
+    return records
 
 
 def draw_all(records: list[dict], output: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common import command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -34,11 +35,13 @@ with extra("train"):
     import transformers
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType, broadcast, set_seed
+    from safetensors import SafetensorError
     from torch import nn
     from torch.distributed.tensor import DTensor
     from tqdm import tqdm
-    from transformers import PreTrainedModel
+    from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+    from common.card import model_name
     from common.loading import load_config, load_model, new_model
     from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
     from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
@@ -52,6 +55,8 @@ SCHEDULES = ("wsd", "cosine")
 LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss", "index_loss")
 STARTS = ("random", "weights")
 DSA_STAGES = ("warmup", "sparse")
+SIZES = "sizes.json"  # in a checkpoint, of its files
+SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 8, 40  # of a held-out text, and what the model goes on with
 RECALL_WINDOWS = 2  # held-out windows a language on which the indexer's recall is measured; they hold dense attention
 
 
@@ -220,7 +225,9 @@ class RunLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool):
         self.path = folder / "log.jsonl"
         kept = [record for record in read_log(self.path) if record["step"] <= step] if self.path.is_file() else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial = folder / "log.jsonl.partial"
+        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        partial.replace(self.path)
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # needs the optional package
@@ -230,7 +237,7 @@ class RunLog:
     def write(self, record: dict) -> None:
         """Append one record."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if self.tensorboard is not None:
             for name, value in flatten(record):
                 self.tensorboard.add_scalar(name, value, record["step"])
@@ -244,7 +251,7 @@ def flatten(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}/")
-        else:
+        elif not isinstance(value, str):
             yield f"{prefix}{name}", value
 
 
@@ -256,16 +263,49 @@ def checkpoints_in(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("checkpoint-*") if path.suffix != ".partial")
 
 
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by the sizes that they were written with; None if nothing is."""
+    try:
+        sizes = json.loads((checkpoint / SIZES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None  # of an earlier version
+    except ValueError:
+        return f"{SIZES} is cut"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            return f"{name} has {found:,} bytes, {size:,} were written"
+    return None
+
+
 def save_checkpoint(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
-    """Write everything a run needs to go on; a crash while writing leaves earlier checkpoints untouched."""
+    """Write everything a run needs to go on; a crash while writing leaves earlier checkpoints untouched.
+
+    Raises:
+        OSError: it could not be written, for instance because the disk is full; what was written is removed.
+    """
     final = run / f"checkpoint-{step:08d}"
     partial = final.with_suffix(".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # torch and safetensors have their own errors for a disk that is full
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {run} ({error}); make room there, then go on by the "
+                "same command with --resume"
+            ) from error
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+        (partial / SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in checkpoints_in(run)[:-keep]:
@@ -273,10 +313,10 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, keep: int) -
 
 
 def prepare_run_folder(run: Path, resume: bool) -> Path | None:
-    """Create the run's folder; returns the checkpoint to load, if any.
+    """Create the run's folder; returns the checkpoint to load, if any: the newest that is whole.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is off, or holds none and it is on.
+        ValueError: the folder holds a run and `resume` is off, or holds none and it is on, or all are damaged.
     """
     checkpoints = checkpoints_in(run)
     if resume and not checkpoints:
@@ -284,7 +324,15 @@ def prepare_run_folder(run: Path, resume: bool) -> Path | None:
     if checkpoints and not resume:
         raise ValueError(f"--run-dir {run} already holds {checkpoints[-1].name}; pass --resume or name another folder")
     run.mkdir(parents=True, exist_ok=True)
-    return checkpoints[-1] if resume else None
+    for partial in run.glob("checkpoint-*.partial"):  # of a run that was killed while it wrote
+        shutil.rmtree(partial, ignore_errors=True)
+    for checkpoint in reversed(checkpoints):
+        if (damage := damage_of(checkpoint)) is None:
+            return checkpoint
+        print(f"note: {checkpoint} is damaged ({damage}); going back to the one before", file=sys.stderr)
+    if checkpoints:
+        raise ValueError(f"--resume, but all checkpoints in {run} are damaged; name another --run-dir to start anew")
+    return None
 
 
 # ---------------------------------------------------------------- training
@@ -358,6 +406,9 @@ def run_training(args: argparse.Namespace) -> None:
     )
     check_arguments(args, accelerator.num_processes)
     data = PretrainingData(args.data, args.row_tokens, args.batch_rows, parse_mix(args.mix), args.seed)
+    accelerator.print(
+        "languages in a batch: " + ", ".join(f"{name} {rows} rows" for name, rows in data.quotas.items())
+    )
     held_out = load_held_out(args.data, args.row_tokens, args.eval_tokens)
     start_from = prepare_run_folder(args.run_dir, args.resume)
 
@@ -367,6 +418,8 @@ def run_training(args: argparse.Namespace) -> None:
         set_dsa_stage(model, args.dsa_stage, args.row_tokens)
     if precision == "bf16":
         model.set_experts_implementation("grouped_mm")  # autocast then casts all experts at once, not one by one
+    for note in find_surprises(args, model, data.index["vocab_size"]):
+        accelerator.print(f"note: {note}")
     description = describe_run(args, accelerator, model, precision)
     if args.compile:
         for layer in model.model.layers:  # layer by layer: what is alike is compiled once
@@ -399,6 +452,58 @@ def run_training(args: argparse.Namespace) -> None:
         finish(args, state_dict)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def find_surprises(args: argparse.Namespace, model: PreTrainedModel, vocab_size: int) -> list[str]:
+    """What works and is hardly meant: rows of the vocabulary that no text has, a rate that is never reached."""
+    notes = []
+    unused = model.config.vocab_size - vocab_size
+    if unused:
+        matrices = 1 if model.config.tie_word_embeddings else 2
+        notes.append(
+            f"vocab_size is {model.config.vocab_size:,} and the data's tokenizer has {vocab_size:,} tokens: "
+            f"{unused * matrices * model.config.hidden_size:,} parameters are of tokens that cannot occur; "
+            "pretrain.config makes a model for a tokenizer"
+        )
+    if args.steps <= args.warmup_steps:
+        notes.append(
+            f"--steps {args.steps} ends inside the warm-up of {args.warmup_steps} steps, so the rate never reaches "
+            f"{args.learning_rate:g}; give more steps, or fewer --warmup-steps"
+        )
+    elif args.schedule == "wsd" and args.warmup_steps > args.steps * (1 - args.decay_fraction):
+        notes.append(
+            f"the decay begins at step {round(args.steps * (1 - args.decay_fraction))}, inside the warm-up of "
+            f"{args.warmup_steps} steps; give fewer --warmup-steps or a smaller --decay-fraction"
+        )
+    return notes
+
+
+@torch.no_grad()
+def write_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: dict[str, HeldOut], device: torch.device
+) -> dict[str, dict[str, str]]:
+    """By language how a held-out text begins, and what the model goes on with; the run's random state stays as it is."""
+    samples, was_training = {}, model.training
+    model.eval()
+    with torch.random.fork_rng():
+        for language, text in held_out.items():
+            torch.manual_seed(0)
+            prompt = text.windows[:1, :SAMPLE_PROMPT_TOKENS].to(device)
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=SAMPLE_TOKENS,
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.95,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )[0]
+            parts = written[: prompt.shape[1]], written[prompt.shape[1] :]
+            shown = [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+            samples[language] = dict(zip(("begins", "goes_on"), shown, strict=True))
+    model.train(was_training)
+    return samples
 
 
 def describe_run(args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, precision: str) -> dict:
@@ -437,71 +542,86 @@ def train_to_the_end(
     is_main = accelerator.is_main_process
     log = RunLog(args.run_dir, progress.step, args.tensorboard) if is_main else None
     peak_flops = description["peak_flops_per_device"] * accelerator.num_processes
-    bar = tqdm(initial=progress.step, total=progress.total_steps(args.steps), unit="step", disable=not is_main)
     step_tokens = args.batch_rows * args.row_tokens
     micro_rows = args.batch_rows // accelerator.num_processes // args.accumulation_steps
     means, interval_seconds, interval_steps = IntervalMeans(), 0.0, 0
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    writes_samples = args.tokenizer is not None and is_main and not sharded and not args.compile
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if writes_samples else None
     bias_rate = 0.0 if args.dsa_stage == "warmup" else args.router_bias_rate  # only the indexer learns then
     model.train()
-    while progress.step < progress.total_steps(args.steps):
-        started = time.perf_counter()
-        rate = learning_rate(
-            progress.step,
-            progress.total_steps(args.steps),
-            args.learning_rate,
-            args.warmup_steps,
-            args.decay_fraction,
-            args.final_fraction,
-            args.schedule,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = data.batch(progress.step)
-        numbers = train_step(accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
-        load = balance_experts(bare_model, bias_rate)
-        means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
-        progress.step += 1
-        seconds = shared_seconds(time.perf_counter() - started, accelerator)
-        progress.seconds += seconds
-        interval_seconds, interval_steps = interval_seconds + seconds, interval_steps + 1
-        if args.max_minutes:
-            progress.keep_deadline(args.steps, args.decay_fraction, args.max_minutes)
-        bar.total = progress.total_steps(args.steps)
-        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
-        bar.update()
+    with tqdm(initial=progress.step, total=progress.total_steps(args.steps), unit="step", disable=not is_main) as bar:
+        while progress.step < progress.total_steps(args.steps):
+            started = time.perf_counter()
+            rate = learning_rate(
+                progress.step,
+                progress.total_steps(args.steps),
+                args.learning_rate,
+                args.warmup_steps,
+                args.decay_fraction,
+                args.final_fraction,
+                args.schedule,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = data.batch(progress.step)
+            numbers = train_step(
+                accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows
+            )
+            load = balance_experts(bare_model, bias_rate)
+            means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
+            progress.step += 1
+            seconds = shared_seconds(time.perf_counter() - started, accelerator)
+            progress.seconds += seconds
+            interval_seconds, interval_steps = interval_seconds + seconds, interval_steps + 1
+            if args.max_minutes:
+                progress.keep_deadline(args.steps, args.decay_fraction, args.max_minutes)
+            bar.total = progress.total_steps(args.steps)
+            bar.set_postfix_str(progress_text(numbers, rate, step_tokens / seconds), refresh=False)
+            bar.update()
 
-        ends = progress.step == progress.total_steps(args.steps)
-        evaluates = progress.step % args.eval_every == 0 or ends
-        saves = progress.step % args.checkpoint_every == 0 or ends
-        place = {"step": progress.step, "tokens": progress.step * step_tokens}
-        # Also before a checkpoint: a resumed run starts a new interval there.
-        if progress.step % args.log_every == 0 or saves:
-            tokens_per_second = interval_steps * step_tokens / interval_seconds
-            mfu = tokens_per_second * description["training_flops_per_token"] / peak_flops
-            speed = {"tokens_per_second": round(tokens_per_second), "mfu": round(mfu, 4)}
-            record = {
-                **place,
-                "learning_rate": rate,
-                **_nest_load(mean_over_processes(means.pop(), accelerator)),
-                **speed,
-            }
-            interval_seconds, interval_steps = 0.0, 0
-            if is_main:
-                log.write(record)
-        if evaluates:
-            with accelerator.autocast():
-                bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
-                measured = {"bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)}
-                if bare_model.config.has_indexer:
-                    measured["index_recall"] = index_recall(
-                        bare_model, held_out, data.bos_token_id, RECALL_WINDOWS, accelerator.device
+            ends = progress.step == progress.total_steps(args.steps)
+            evaluates = progress.step % args.eval_every == 0 or ends
+            saves = progress.step % args.checkpoint_every == 0 or ends
+            place = {"step": progress.step, "tokens": progress.step * step_tokens}
+            # Also before a checkpoint: a resumed run starts a new interval there.
+            if progress.step % args.log_every == 0 or saves:
+                tokens_per_second = interval_steps * step_tokens / interval_seconds
+                mfu = tokens_per_second * description["training_flops_per_token"] / peak_flops
+                speed = {"tokens_per_second": round(tokens_per_second), "mfu": round(mfu, 4)}
+                record = {
+                    **place,
+                    "learning_rate": rate,
+                    **_nest_load(mean_over_processes(means.pop(), accelerator)),
+                    **speed,
+                }
+                interval_seconds, interval_steps = 0.0, 0
+                if is_main:
+                    log.write(record)
+            if evaluates:
+                with accelerator.autocast():
+                    bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
+                    measured = {"bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)}
+                    if bare_model.config.has_indexer:
+                        measured["index_recall"] = index_recall(
+                            bare_model, held_out, data.bos_token_id, RECALL_WINDOWS, accelerator.device
+                        )
+                if is_main:
+                    bar.write(
+                        f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items())
                     )
-            if is_main:
-                bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
-                log.write({**place, **measured})
-        if saves:
-            save_checkpoint(accelerator, args.run_dir, progress.step, args.keep_checkpoints)
-    bar.close()
+                    if tokenizer is not None:
+                        measured["samples"] = write_samples(bare_model, tokenizer, held_out, accelerator.device)
+                    log.write({**place, **measured})
+            if saves:
+                save_checkpoint(accelerator, args.run_dir, progress.step, args.keep_checkpoints)
+
+
+def progress_text(numbers: dict[str, float | None], rate: float, tokens_per_second: float) -> str:
+    """What the bar says of a step: each part of the loss by its name, in nats, the rate and the speed."""
+    names = {"lm_loss": "next token", "mtp_loss": "mtp", "aux_loss": "balance", "index_loss": "indexer"}
+    parts = [f"{label} {numbers[name]:.3f}" for name, label in names.items() if numbers.get(name) is not None]
+    return ", ".join([*parts, f"rate {rate:.1e}", f"{tokens_per_second:,.0f} tokens/s"])
 
 
 def mean_over_processes(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
@@ -524,15 +644,35 @@ def finish(args: argparse.Namespace, state_dict: dict | None) -> None:
     """Write the report with its figures and, if asked, export the model."""
     print(f"report: {write_report(args.run_dir, args.figures_dir)}")
     if args.export_dir:
-        export_checkpoint(state_dict, args.model, args.tokenizer, args.export_dir)
+        export_checkpoint(state_dict, args.model, args.tokenizer, args.export_dir, *card_of(args))
         print(f"exported to {args.export_dir}")
+        print(
+            f"next: python chat.py --model {args.export_dir}, or python -m pretrain.evaluate {args.export_dir} --data {args.data}"
+        )
+    else:
+        print("next: the same command with --resume and --export-dir FOLDER --tokenizer FOLDER writes the model")
+
+
+def card_of(args: argparse.Namespace) -> tuple[str, str]:
+    """Of the exported model's card, the sentence on how it came to be, and what was measured."""
+    records = read_log(args.run_dir / "log.jsonl")
+    last = records[-1]
+    start = "from nothing" if args.start == "random" else f"from the weights of {model_name(args.model)}"
+    what = f"Trained {start} by `pretrain.train`: {last['step']:,} steps, {last['tokens']:,} tokens."
+    bits = next((record["bits_per_byte"] for record in reversed(records) if "bits_per_byte" in record), {})
+    if not bits:
+        return what, ""
+    rows = "".join(f"| {language} | {value:.4f} |\n" for language, value in bits.items())
+    return what, f"| held-out text | bits per byte |\n|---|---|\n{rows}\n"
 
 
 # ---------------------------------------------------------------- command line
 
 
-def parse_mix(text: str) -> dict[str, float]:
-    """Parse `en=0.5,zh=0.5`."""
+def parse_mix(text: str | None) -> dict[str, float] | None:
+    """Parse `en=0.5,zh=0.5`; None stays None."""
+    if text is None:
+        return None
     try:
         return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     except ValueError as error:
@@ -573,9 +713,9 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
             refuse_existing("--export-dir", (args.export_dir / name for name in files), remedy)
         if args.figures_dir:
             refuse_existing("--figures-dir", (args.figures_dir / f"{name}.png" for name in DRAWINGS), remedy)
-    if args.export_dir:
-        if not args.tokenizer:
-            raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
+    if args.export_dir and not args.tokenizer:
+        raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
+    if args.tokenizer:
         check_same_tokenizer(args.tokenizer, args.data)
 
 
@@ -598,7 +738,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
     files.add_argument("--run-dir", type=Path, required=True, help="folder for log and checkpoints")
     files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
-    files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; needed for --export-dir")
+    files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for samples and for --export-dir")
     files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
     files.add_argument(
         "--overwrite",
@@ -616,7 +756,7 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument("--batch-rows", type=int, default=16, help="rows a step over all processes (default 16)")
     batch.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
     batch.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
-    batch.add_argument("--mix", default="en=0.5,zh=0.5", help="share of rows by language (default en=0.5,zh=0.5)")
+    batch.add_argument("--mix", help="share of rows by language, as en=0.5,zh=0.5 (default: all of the data's alike)")
     batch.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default 0)")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
@@ -668,4 +808,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command.run(main)
