@@ -25,7 +25,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import run
+from common.command import run_command
 from common.extras import extra
 from common.names import check_model_name
 from common.settings import Settings
@@ -377,4 +377,4 @@ def load_chat(args: argparse.Namespace, settings: Settings, tools: list[dict] | 
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -28,6 +28,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from common.command import run_command
 from corpus.deduplicate import Options
 from corpus.signatures import BACKENDS, candidate_probability
 from tokenization.documents import read_documents
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

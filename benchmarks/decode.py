@@ -38,6 +38,7 @@ from benchmarks.common import (
     summarise,
     write_results,
 )
+from common.command import run_command
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -277,4 +278,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

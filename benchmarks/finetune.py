@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
 from benchmarks.decode import resident_kib
+from common.command import run_command
 from finetune.config import SFTOptions, make_options
 from finetune.data import read_examples, write_jsonl
 from finetune.models import trainable_parameters
@@ -214,4 +215,4 @@ def settings(arguments: argparse.Namespace, part: str) -> dict:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from common.command import run_command
 from finetune import grpo, sft
 from finetune.config import GRPOOptions, SFTOptions, make_options
 from finetune.data import write_jsonl
@@ -65,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, write_results
+from common.command import run_command
 from pretrain.data import load_held_out
 from pretrain.evaluate import bits_per_byte
 
@@ -64,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
 from benchmarks.recall import RecallBatch, hide_passkeys, recall_vocab_size, room_for_passkeys
+from common.command import run_command
 from pretrain.data import INDEX_NAME, PretrainingData, batch_of, load_held_out
 from tools import add_indexer, upcycle_nsa
 
@@ -882,4 +883,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, interleave, save_checkpoint, write_results
 from benchmarks.decode import CONFIG as DECODE_CONFIG
+from common.command import run_command
 from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
 PARTS = ("tokenizer", "root", "families", "speed")
@@ -506,4 +507,4 @@ def _is_model(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from benchmarks.common import describe_machine, interleave, save_checkpoint, summarise, write_results
 from benchmarks.decode import CONFIG, LOADERS, resident_kib
+from common.command import run_command
 from finetune.lora import lora_config
 from finetune.models import trainable_parameters
 
@@ -116,4 +117,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -10,7 +10,7 @@ import shutil
 import sys
 
 from benchmarks.places import PUBLISHED, RESULTS
-from common.command import run
+from common.command import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,4 +31,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, interleave, summarise, write_results
+from common.command import run_command
 from pretrain.data import load_held_out
 from pretrain.evaluate import bits_per_byte, held_out_nll
 
@@ -138,4 +139,4 @@ def _library_versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

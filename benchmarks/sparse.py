@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, DynamicCa
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from benchmarks.common import RESULTS, describe_machine, interleave, save_checkpoint, summarise, write_results
+from common.command import run_command
 
 HEADS, WIDTH = 16, 64
 LENGTHS = [4096, 8192, 16384, 32768, 65536]
@@ -419,4 +420,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

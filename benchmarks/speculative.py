@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, interleave, summarise, write_results
+from common.command import run_command
 
 PROMPTS = (
     "It was a dark night, and the old house stood alone on the hill. She looked out of the window and",
@@ -97,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import run
+from common.command import run_command
 from common.outputs import refuse_existing
 from tokenization.documents import check_paths, read_documents
 
@@ -75,4 +75,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

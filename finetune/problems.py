@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command import run_command
 from common.outputs import refuse_existing
 from finetune.data import write_jsonl
 
@@ -166,8 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     write_jsonl(train, args.output / "train.jsonl")
     write_jsonl(held_out, args.output / "held_out.jsonl")
     print(f"{len(train)} training and {len(held_out)} held-out examples written to {args.output}")
+    print(f"next: python -m finetune.sft --model . --data {args.output / 'train.jsonl'} --output RUN")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from common.command import run
+from common.command import run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -223,4 +223,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -23,7 +23,46 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.data", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("LANGUAGE", "FILE"),
+        help="a language name and its .jsonl, .txt (.gz) or .parquet files, a .txt being one document; repeat for each",
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create for the shards")
+    parser.add_argument(
+        "--held-out-fraction", type=float, default=0.01, help="share of documents, in [0, 1) (default 0.01)"
+    )
+    parser.add_argument(
+        "--min-held-out-bytes", type=int, default=200_000, help="least UTF-8 bytes a language (default 200000)"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=1 << 23, help="tokens in a shard (default 8388608)")
+    parser.add_argument(
+        "--text-field", default="text", help="key of the text in .jsonl files, column in .parquet (default text)"
+    )
+    parser.add_argument(
+        "--fim-rate",
+        type=float,
+        default=0.0,
+        help="share of training documents made fill-in-the-middle samples, in [0, 1]; V3 has 0.1 (default 0)",
+    )
+    parser.add_argument(
+        "--fim-spm-share", type=float, default=0.0, help="of these, in suffix-prefix-middle order (default 0)"
+    )
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import numpy as np
@@ -414,41 +453,6 @@ def _windows(stream: np.ndarray, window_tokens: int, fill: int, num_bytes: int) 
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.data", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--files",
-        nargs="+",
-        action="append",
-        required=True,
-        metavar=("LANGUAGE", "FILE"),
-        help="a language name and its .jsonl, .txt (.gz) or .parquet files, a .txt being one document; repeat for each",
-    )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--output", type=Path, required=True, help="folder to create for the shards")
-    parser.add_argument(
-        "--held-out-fraction", type=float, default=0.01, help="share of documents, in [0, 1) (default 0.01)"
-    )
-    parser.add_argument(
-        "--min-held-out-bytes", type=int, default=200_000, help="least UTF-8 bytes a language (default 200000)"
-    )
-    parser.add_argument("--shard-tokens", type=int, default=1 << 23, help="tokens in a shard (default 8388608)")
-    parser.add_argument(
-        "--text-field", default="text", help="key of the text in .jsonl files, column in .parquet (default text)"
-    )
-    parser.add_argument(
-        "--fim-rate",
-        type=float,
-        default=0.0,
-        help="share of training documents made fill-in-the-middle samples, in [0, 1]; V3 has 0.1 (default 0)",
-    )
-    parser.add_argument(
-        "--fim-spm-share", type=float, default=0.0, help="of these, in suffix-prefix-middle order (default 0)"
-    )
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -471,6 +475,12 @@ def main(argv: list[str] | None = None) -> int:
         for split in ("train", "held_out"):
             size = entry[split]
             print(f"{language} {split}: {size['documents']} documents, {size['tokens']} tokens, {size['bytes']} bytes")
+    print(
+        f"next: python -m pretrain.train --data {args.output} --tokenizer {args.tokenizer} --model MODEL --run-dir RUN --steps N"
+    )
+    print(
+        f"      a MODEL for this tokenizer: python -m pretrain.config --tokenizer {args.tokenizer} --parameters 15M --output MODEL"
+    )
     return 0
 
 
@@ -484,4 +494,4 @@ def _files_by_language(groups: list[list[str]]) -> dict[str, list[Path]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from common.command import run_command
 from common.loading import load_config, new_model
 from pretrain.cost import body_parameters
 from tools.add_remote_code import AUTO_MAP, code_files
@@ -96,4 +97,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

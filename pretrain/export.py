@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from common.card import write_card
+from common.command import no_command
 from common.loading import load_config, load_model, new_model
 from tools.add_remote_code import AUTO_MAP, code_files, write_json
 
@@ -91,3 +92,7 @@ def check_loads(folder: Path) -> None:
         raise ValueError(
             f"{folder}/model.safetensors does not fit its model: {problems}; was the code changed meanwhile?"
         )
+
+
+if __name__ == "__main__":
+    no_command("export by python -m pretrain.train --export-dir FOLDER")

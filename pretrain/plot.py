@@ -17,6 +17,7 @@ matplotlib.use("Agg")  # no display on training machines
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from common.command import run_command
 from common.outputs import refuse_existing
 
 
@@ -173,4 +174,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

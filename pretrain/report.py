@@ -12,6 +12,7 @@ import sys
 from html import escape
 from pathlib import Path
 
+from common.command import run_command
 from pretrain.plot import draw_all, read_log
 
 CAPTIONS = {
@@ -150,4 +151,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

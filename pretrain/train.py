@@ -26,9 +26,89 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import command
+from common.command import check_early, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
+
+OPTIMIZERS = ("adamw", "muon")  # of pretrain/optimizers.py
+SCHEDULES = ("wsd", "cosine")
+STARTS = ("random", "weights")
+DSA_STAGES = ("warmup", "sparse")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
+    files = parser.add_argument_group("files")
+    files.add_argument("--model", type=Path, required=True, help="folder with config.json")
+    files.add_argument(
+        "--start",
+        choices=STARTS,
+        default="random",
+        help="weights to start from: random, or those in --model (default random)",
+    )
+    files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
+    files.add_argument("--run-dir", type=Path, required=True, help="folder for log and checkpoints")
+    files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
+    files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for samples and for --export-dir")
+    files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace weights and tokenizer in --export-dir, and the figures in --figures-dir",
+    )
+    files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN_DIR/figures)")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")
+    batch.add_argument(
+        "--max-minutes",
+        type=float,
+        help="let the wsd decay begin early, so that training takes about this many minutes (default: no limit)",
+    )
+    batch.add_argument("--batch-rows", type=int, default=16, help="rows a step over all processes (default 16)")
+    batch.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
+    batch.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
+    batch.add_argument("--mix", help="share of rows by language, as en=0.5,zh=0.5 (default: all of the data's alike)")
+    batch.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default 0)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon: for hidden matrices, AdamW for the rest (default adamw)",
+    )
+    recipe.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak rate (default 1.5e-3)")
+    recipe.add_argument("--schedule", choices=SCHEDULES, default="wsd", help="shape of the rate (default wsd)")
+    recipe.add_argument("--warmup-steps", type=int, default=100, help="steps of linear rise (default 100)")
+    recipe.add_argument("--decay-fraction", type=float, default=0.2, help="share of steps in decay (default 0.2)")
+    recipe.add_argument("--final-fraction", type=float, default=0.02, help="last rate / peak (default 0.02)")
+    recipe.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only (default 0.1)")
+    recipe.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default 1)")
+    recipe.add_argument("--router-bias-rate", type=float, default=1e-3, help="bias step, V3's gamma (default 1e-3)")
+    recipe.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="arithmetic (default auto)"
+    )
+    recipe.add_argument(
+        "--dsa-stage",
+        choices=DSA_STAGES,
+        help="of a model with an indexer: teach only that, under dense attention, or train all under sparse attention",
+    )
+    recipe.add_argument("--compile", action="store_true", help="torch.compile the layers")
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--tensorboard", action="store_true", help="write RUN_DIR/tensorboard too")
+    reports.add_argument(
+        "--peak-tflops", type=float, help="peak of a device for MFU (default: what a large matrix product reaches)"
+    )
+    reports.add_argument("--log-every", type=int, default=10, help="steps between log records (default 10)")
+    reports.add_argument("--eval-every", type=int, default=250, help="steps between evaluations (default 250)")
+    reports.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens a language (default 32768)")
+    reports.add_argument("--eval-rows", type=int, default=16, help="windows evaluated at once (default 16)")
+    reports.add_argument("--checkpoint-every", type=int, default=250, help="steps between checkpoints (default 250)")
+    reports.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints kept (default 2)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -47,14 +127,11 @@ with extra("train"):
     from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
     from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
     from pretrain.export import EXPORTED_FILES, TOKENIZER_FILES, export_checkpoint
-    from pretrain.optimizers import OPTIMIZERS, build_optimizer
+    from pretrain.optimizers import build_optimizer
     from pretrain.plot import DRAWINGS, read_log
     from pretrain.report import write_report
 
-SCHEDULES = ("wsd", "cosine")
 LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss", "index_loss")
-STARTS = ("random", "weights")
-DSA_STAGES = ("warmup", "sparse")
 SIZES = "sizes.json"  # in a checkpoint, of its files
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 8, 40  # of a held-out text, and what the model goes on with
 RECALL_WINDOWS = 2  # held-out windows a language on which the indexer's recall is measured; they hold dense attention
@@ -404,7 +481,11 @@ def run_training(args: argparse.Namespace) -> None:
         # MTP modules whose loss has no weight get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    check_arguments(args, accelerator.num_processes)
+    if args.batch_rows % (accelerator.num_processes * args.accumulation_steps):
+        raise ValueError(
+            f"--batch-rows {args.batch_rows} must be a multiple of processes ({accelerator.num_processes}) times "
+            f"--accumulation-steps ({args.accumulation_steps})"
+        )
     data = PretrainingData(args.data, args.row_tokens, args.batch_rows, parse_mix(args.mix), args.seed)
     accelerator.print(
         "languages in a batch: " + ", ".join(f"{name} {rows} rows" for name, rows in data.quotas.items())
@@ -681,17 +762,12 @@ def parse_mix(text: str | None) -> dict[str, float] | None:
         ) from error
 
 
-def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for options that cannot work, before anything is built."""
     for name in ("steps", "batch_rows", "row_tokens", "accumulation_steps", "log_every", "eval_every"):
         _require_positive(args, name)
     for name in ("checkpoint_every", "keep_checkpoints", "eval_rows", "warmup_steps"):
         _require_positive(args, name)
-    if args.batch_rows % (num_processes * args.accumulation_steps):
-        raise ValueError(
-            f"--batch-rows {args.batch_rows} must be a multiple of processes ({num_processes}) times "
-            f"--accumulation-steps ({args.accumulation_steps})"
-        )
     for name in ("decay_fraction", "final_fraction"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [0, 1]")
@@ -724,82 +800,11 @@ def _require_positive(args: argparse.Namespace, name: str) -> None:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
-    files = parser.add_argument_group("files")
-    files.add_argument("--model", type=Path, required=True, help="folder with config.json")
-    files.add_argument(
-        "--start",
-        choices=STARTS,
-        default="random",
-        help="weights to start from: random, or those in --model (default random)",
-    )
-    files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
-    files.add_argument("--run-dir", type=Path, required=True, help="folder for log and checkpoints")
-    files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
-    files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for samples and for --export-dir")
-    files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
-    files.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace weights and tokenizer in --export-dir, and the figures in --figures-dir",
-    )
-    files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN_DIR/figures)")
-    batch = parser.add_argument_group("batch")
-    batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")
-    batch.add_argument(
-        "--max-minutes",
-        type=float,
-        help="let the wsd decay begin early, so that training takes about this many minutes (default: no limit)",
-    )
-    batch.add_argument("--batch-rows", type=int, default=16, help="rows a step over all processes (default 16)")
-    batch.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
-    batch.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
-    batch.add_argument("--mix", help="share of rows by language, as en=0.5,zh=0.5 (default: all of the data's alike)")
-    batch.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default 0)")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adamw",
-        help="muon: for hidden matrices, AdamW for the rest (default adamw)",
-    )
-    recipe.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak rate (default 1.5e-3)")
-    recipe.add_argument("--schedule", choices=SCHEDULES, default="wsd", help="shape of the rate (default wsd)")
-    recipe.add_argument("--warmup-steps", type=int, default=100, help="steps of linear rise (default 100)")
-    recipe.add_argument("--decay-fraction", type=float, default=0.2, help="share of steps in decay (default 0.2)")
-    recipe.add_argument("--final-fraction", type=float, default=0.02, help="last rate / peak (default 0.02)")
-    recipe.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only (default 0.1)")
-    recipe.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default 1)")
-    recipe.add_argument("--router-bias-rate", type=float, default=1e-3, help="bias step, V3's gamma (default 1e-3)")
-    recipe.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="arithmetic (default auto)"
-    )
-    recipe.add_argument(
-        "--dsa-stage",
-        choices=DSA_STAGES,
-        help="of a model with an indexer: teach only that, under dense attention, or train all under sparse attention",
-    )
-    recipe.add_argument("--compile", action="store_true", help="torch.compile the layers")
-    reports = parser.add_argument_group("reports")
-    reports.add_argument("--tensorboard", action="store_true", help="write RUN_DIR/tensorboard too")
-    reports.add_argument(
-        "--peak-tflops", type=float, help="peak of a device for MFU (default: what a large matrix product reaches)"
-    )
-    reports.add_argument("--log-every", type=int, default=10, help="steps between log records (default 10)")
-    reports.add_argument("--eval-every", type=int, default=250, help="steps between evaluations (default 250)")
-    reports.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens a language (default 32768)")
-    reports.add_argument("--eval-rows", type=int, default=16, help="windows evaluated at once (default 16)")
-    reports.add_argument("--checkpoint-every", type=int, default=250, help="steps between checkpoints (default 250)")
-    reports.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints kept (default 2)")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
+        check_arguments(args)
         run_training(args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -808,4 +813,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run_command(main)

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from common.command import run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -209,4 +210,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

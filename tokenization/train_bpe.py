@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common.command import run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -185,8 +186,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     save_tokenizer(tokenizer, args.output, args.model_max_length)
     print(f"{tokenizer.get_vocab_size()} tokens written to {args.output}")
+    print(f"next: python -m pretrain.data --tokenizer {args.output} --files LANGUAGE FILE ... --output DATA")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

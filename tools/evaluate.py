@@ -34,6 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from common.command import run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -485,4 +486,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -34,7 +34,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.publish", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="a model's folder, or a PEFT adapter's")
+    parser.add_argument("--repo-id", help="where to, OWNER/NAME; needed unless --dry-run")
+    parser.add_argument(
+        "--revision", default="main", help="branch to commit to, made if it is not there (default main)"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="check and show; write and send nothing")
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="files to leave out, as in 'runs/*'"
+    )
+    parser.add_argument(
+        "--include", nargs="+", default=[], metavar="PATTERN", help="files to take that are no part of a checkpoint"
+    )
+    parser.add_argument(
+        "--delete-others", action="store_true", help="delete what the repository has and the folder has not"
+    )
+    parser.add_argument("--no-generate", action="store_true", help="do not load weights (larger than this machine)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="try the folder even if code in it is not this repository's, which then runs",
+    )
+    parser.add_argument("--base-folder", type=Path, help="of an adapter: local folder of the base model, to try it on")
+
+    card = parser.add_argument_group("card", "written into README.md; what is not given stays as it is")
+    card.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="measurements, JSON")
+    card.add_argument("--license", help="identifier on the Hub, as apache-2.0")
+    card.add_argument("--language", nargs="+", help="ISO codes, as en zh")
+    card.add_argument("--pipeline-tag", help="as text-generation")
+    card.add_argument("--tag", nargs="+", help="tags to add")
+    card.add_argument("--base-model", help="name on the Hub of the model that this one comes from")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("publish"):
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard
@@ -728,42 +768,6 @@ def _short(value: object, limit: int = 60) -> str:
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.publish", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="a model's folder, or a PEFT adapter's")
-    parser.add_argument("--repo-id", help="where to, OWNER/NAME; needed unless --dry-run")
-    parser.add_argument(
-        "--revision", default="main", help="branch to commit to, made if it is not there (default main)"
-    )
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--dry-run", action="store_true", help="check and show; write and send nothing")
-    parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="PATTERN", help="files to leave out, as in 'runs/*'"
-    )
-    parser.add_argument(
-        "--include", nargs="+", default=[], metavar="PATTERN", help="files to take that are no part of a checkpoint"
-    )
-    parser.add_argument(
-        "--delete-others", action="store_true", help="delete what the repository has and the folder has not"
-    )
-    parser.add_argument("--no-generate", action="store_true", help="do not load weights (larger than this machine)")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="try the folder even if code in it is not this repository's, which then runs",
-    )
-    parser.add_argument("--base-folder", type=Path, help="of an adapter: local folder of the base model, to try it on")
-
-    card = parser.add_argument_group("card", "written into README.md; what is not given stays as it is")
-    card.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="measurements, JSON")
-    card.add_argument("--license", help="identifier on the Hub, as apache-2.0")
-    card.add_argument("--language", nargs="+", help="ISO codes, as en zh")
-    card.add_argument("--pipeline-tag", help="as text-generation")
-    card.add_argument("--tag", nargs="+", help="tags to add")
-    card.add_argument("--base-model", help="name on the Hub of the model that this one comes from")
-    return parser
-
-
 def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
     """Does what the command line says -> exit code: 0, or 1 if a check failed.
 
@@ -816,4 +820,4 @@ def main(argv: list[str] | None = None, api: HfApi | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

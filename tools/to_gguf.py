@@ -18,6 +18,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from common.command import run_command
 from common.outputs import refuse_existing
 from tokenization.chains import build_chain
 
@@ -81,4 +82,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

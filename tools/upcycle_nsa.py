@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from common.card import model_name
+from common.command import run_command
 from configuration_deepseek import FAMILY_DEFAULTS
 from tools.add_remote_code import read_config
 from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
@@ -152,4 +153,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
