@@ -92,8 +92,9 @@ def draw_router_bias(axes: Axes, records: list[dict]) -> None:
     """Range of the routers' selection biases over the experts of a layer."""
     for layer in records[0]["router_bias"]:
         low, high = zip(*(record["router_bias"][layer] for record in records), strict=True)
-        axes.fill_between(_millions(records), low, high, alpha=0.3, label=f"layer {layer}")
-    axes.set_ylabel("router bias, least to greatest expert")
+        (line,) = axes.plot(_millions(records), high, linewidth=1, label=f"layer {layer}")
+        axes.plot(_millions(records), low, linewidth=1, linestyle="--", color=line.get_color())
+    axes.set_ylabel("router bias: greatest expert, least dashed")
 
 
 def draw_index_loss(axes: Axes, records: list[dict]) -> None:

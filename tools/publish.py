@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -734,7 +733,7 @@ def show_files(console: Console, entries: list[Entry]):
     table = Table(box=box.SIMPLE, caption=f"{len(entries)} files, {sum(entry.bytes for entry in entries):,} bytes")
     table.add_column("file", overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("sha256", no_wrap=True)
+    table.add_column("sha256", overflow="fold")
     for entry in entries:
         table.add_row(entry.path, f"{entry.bytes:,}", entry.sha256)
     console.print(table)
@@ -810,7 +809,7 @@ def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
 def main(argv: list[str] | None = None, api: HfApi | None = None) -> int:
     """Runs the command line; returns 0, 1 where a check failed, or 2 where something given is wrong."""
     args = build_parser().parse_args(argv)
-    console = Console(width=max(130, shutil.get_terminal_size().columns))
+    console = Console(width=None if sys.stdout.isatty() else 130)
     try:
         return run(args, console, HfApi() if api is None else api)
     except (ValueError, OSError, RuntimeError, HfHubHTTPError) as error:
