@@ -3,356 +3,58 @@
     python chat.py                                        # the model in this folder
     python chat.py --model path/or/hub-name --trust-remote-code
     python chat.py --adapter runs/my-adapter              # a PEFT adapter on its base model
+    python chat.py --prompt "One question"                # one answer, for scripts
+    python chat.py --prompt "Summarise this:" - < text.txt
 
 Answers stream as they are written, thinking apart and dim. Ctrl-C stops an answer and keeps what there is of it; `/help`
 lists the commands. The cache of the chat is kept, so a turn reads only the tokens that are new. What is typed or loaded
 from a file never becomes a control token (tokenization/safe_chat.py). A chat that no longer fits the model's context is
 refused with the remedy; nothing is forgotten unless `/drop` or `/clear` say so.
+
+With `--prompt`, or with input that is no terminal, there is one answer: it alone is written to stdout, and thinking and
+statistics to stderr. Exit codes: 0 the answer is whole, 3 it was cut by --max-new-tokens or the context, 1 an error, 2
+wrong options, 130 Ctrl-C.
 """
 
 import argparse
 import json
-import os
-import queue
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from common.command import run_command
 from common.extras import extra
+from common.names import check_model_name
+from common.settings import Settings
 
 with extra("serve"):
-    import torch
     from rich.console import Console
     from rich.text import Text
-    from tokenizers.decoders import DecodeStream
-    from transformers import (
-        DynamicCache,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        StoppingCriteria,
-        set_seed,
-    )
-    from transformers.generation.streamers import BaseStreamer
-    from transformers.utils import logging
 
-    from common.loading import load
-    from tokenization.safe_chat import encode_chat
+if TYPE_CHECKING:
+    from common.conversation import Chat, Piece
 
-with suppress(ImportError):  # not on Windows, whose terminal does it itself
-    import readline  # noqa: F401  gives `input` history, editing, pasted lines as one text, and lines above 4,096 bytes
+try:
+    import readline  # gives `input` history, editing, pasted lines as one text, and lines above 4,096 bytes
+except ImportError:  # on Windows, whose terminal does it itself
+    readline = None
 
-PREFILL_TOKENS = 512  # read at a time, so that a long text needs bounded memory and Ctrl-C is heard
+CUT = 3  # exit code of one answer that is not whole
 # Control characters, which could move the cursor or change the terminal, become their pictures.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-# ---------------------------------------------------------------- the chat
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How answers are written.
-
-    thinking: whether the model thinks before it answers, if its template knows that.
-    temperature: of sampling; 0 takes the likeliest token.
-    top_p: sample among the likeliest tokens that have this probability together.
-    max_new_tokens: of one answer, thinking included.
-    """
-
-    thinking: bool = False
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_new_tokens: int = 1024
-
-    def __post_init__(self):
-        if not isinstance(self.thinking, bool):
-            raise ValueError(f"thinking is {self.thinking!r}; it must be true or false")
-        _check_number("temperature", self.temperature, 0, 100)
-        _check_number("top_p", self.top_p, 1e-6, 1)
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number")
-        _check_number("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
-
-
-def _check_number(name: str, value: object, minimum: float, maximum: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
-        raise ValueError(f"{name} is {value!r}; it must be a number from {minimum:g} to {maximum:g}")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some new text of an answer, and whether it is thinking."""
-
-    text: str
-    thinking: bool
-
-
-@dataclass
-class Stats:
-    """What the last answer took: tokens of the prompt, how many of them were in the cache already, tokens written, the
-    rate of writing after the first token (0 if there is no second one), and why the answer ended."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    tokens_per_second: float = 0.0
-    ended: str = "not begun"
-
-
-class Chat:
-    """A conversation with a model, its settings and its cache.
-
-    Args:
-        model: a causal language model, also a `PeftModel`.
-        tokenizer: with a chat template.
-        settings: how answers are written; may be replaced between answers.
-        system: the system message; empty for none.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or ids that the model lacks.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Settings | None = None,
-        system: str = "",
-    ):
-        config = model.config.get_text_config()
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the model's `vocab_size` is {config.vocab_size}; use "
-                "the tokenizer that belongs to the model"
-            )
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.settings = settings or Settings()
-        self.system = system
-        self.messages: list[dict] = []  # without the system message
-        self.stats = Stats()
-        self.context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-        self._think_ids = [tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "</think>")]
-        eos = model.generation_config.eos_token_id
-        self._end_ids = {eos} if isinstance(eos, int) else set(eos or [tokenizer.eos_token_id])
-        self.clear()
-        self._encode([{"role": "user", "content": "x"}])  # an unfit template is found now and not at the first turn
-
-    # ---- what is said
-
-    def answer(self, text: str) -> Iterator[Piece]:
-        """Say `text` and yield the answer piece by piece.
-
-        Whoever stops iterating (`close`) or is interrupted stops the answer; what had come stays in the chat. If
-        nothing had, the question is taken back.
-
-        Raises:
-            ValueError: the chat would not fit the context, or `text` is no Unicode text; the chat is as before.
-        """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._encode(messages)
-        room = self.context - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"the chat with this text has {len(ids)} tokens, and the model reads {self.context} with its answer. "
-                "Shorten the text, or make room: /drop forgets the oldest turn, /clear all of them"
-            )
-        self.stats = Stats(prompt_tokens=len(ids), ended="interrupted")
-        parts: dict[bool, list[str]] = {True: [], False: []}  # by whether it is thinking
-        self.stats.reused_tokens = self._rewind(ids)
-        stop = threading.Event()
-        tokens: queue.Queue = queue.Queue()
-        limit = min(room, self.settings.max_new_tokens)
-        worker = threading.Thread(target=self._work, args=(ids, limit, tokens, stop), daemon=True)
-        worker.start()
-        try:
-            for piece in self._pieces(tokens, limit, limit == room):
-                parts[piece.thinking].append(piece.text)
-                yield piece
-        finally:
-            stop.set()
-            worker.join()
-            reasoning, content = "".join(parts[True]), "".join(parts[False])
-            if reasoning or content:
-                reply = {"role": "assistant", "content": content}
-                self.messages = [*messages, reply | ({"reasoning_content": reasoning} if reasoning else {})]
-
-    def _pieces(self, tokens: queue.Queue, limit: int, context_ends: bool) -> Iterator[Piece]:
-        """The answer's text from the worker's tokens; keeps the books."""
-        thinking, stream = self.settings.thinking and self._knows_thinking(), DecodeStream(skip_special_tokens=False)
-        first_at = time.perf_counter()
-        while (token := tokens.get()) is not None:
-            if isinstance(token, BaseException):
-                raise token
-            self.stats.new_tokens += 1
-            now = time.perf_counter()
-            if self.stats.new_tokens == 1:
-                first_at = now
-            else:
-                self.stats.tokens_per_second = (self.stats.new_tokens - 1) / max(now - first_at, 1e-9)
-            if token in self._end_ids:
-                self.stats.ended = "finished"
-            elif token in self._think_ids:
-                thinking, stream = token == self._think_ids[0], DecodeStream(skip_special_tokens=False)
-            elif text := stream.step(self.tokenizer.backend_tokenizer, token):
-                yield Piece(text, thinking)
-        if self.stats.ended != "finished" and self.stats.new_tokens >= limit:
-            self.stats.ended = "the context is full" if context_ends else "the limit of /tokens is reached"
-
-    def _knows_thinking(self) -> bool:
-        return isinstance(self._think_ids[1], int) and self._think_ids[1] != self.tokenizer.unk_token_id
-
-    def _encode(self, messages: list[dict], prompt: bool = True) -> list[int]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        encoded = encode_chat(
-            self.tokenizer, system + messages, thinking=self.settings.thinking, add_generation_prompt=prompt
-        )
-        return encoded["input_ids"]
-
-    # ---- the model at work, in a thread of its own so that it is never interrupted in the middle of a step
-
-    @torch.inference_mode()
-    def _work(self, ids: list[int], limit: int, tokens: queue.Queue, stop: threading.Event) -> None:
-        """Read what is new of `ids` and write up to `limit` tokens into the queue; ends it with None or an error."""
-        try:
-            written = self._prefill_and_generate(ids, limit, tokens, stop)
-            self._cached_ids = (ids + written)[: self._cache.get_seq_length()]
-            tokens.put(None)
-        except BaseException as error:
-            self._forget_cache()  # it may hold half a step
-            tokens.put(error)
-
-    def _prefill_and_generate(self, ids, limit, tokens, stop) -> list[int]:
-        device = self.model.device
-        for start in range(len(self._cached_ids), len(ids) - 1, PREFILL_TOKENS):
-            if stop.is_set():
-                return []
-            part = torch.tensor([ids[start : min(start + PREFILL_TOKENS, len(ids) - 1)]], device=device)
-            self.model(input_ids=part, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        if stop.is_set():
-            return []
-        prompt = torch.tensor([ids], device=device)
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if self.settings.temperature:
-            sampling = {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p}
-        output = self.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=self._cache,
-            max_new_tokens=limit,
-            eos_token_id=sorted(self._end_ids),
-            pad_token_id=min(self._end_ids),
-            streamer=_TokenQueue(tokens),
-            stopping_criteria=[_StopWhenSet(stop)],
-            **sampling,
-        )
-        return output[0, len(ids) :].tolist()
-
-    # ---- the cache
-
-    def _rewind(self, ids: list[int]) -> int:
-        """Take from the cache what does not begin `ids` -> how many tokens are left in it."""
-        # one token is always read: the first new one is predicted from it
-        same = next((i for i, (a, b) in enumerate(zip(self._cached_ids, ids, strict=False)) if a != b), None)
-        kept = min(len(self._cached_ids), len(ids) - 1) if same is None else same
-        try:
-            if kept < len(self._cached_ids):
-                self._cache.crop(kept - len(self._cached_ids))
-            self._cached_ids = self._cached_ids[:kept]
-        except ValueError:  # a layer has let go what the next token would need
-            self._forget_cache()
-        return len(self._cached_ids)
-
-    def _forget_cache(self) -> None:
-        self._cache = DynamicCache(config=self.model.config.get_text_config())
-        self._cached_ids: list[int] = []
-
-    def cache_bytes(self) -> int:
-        """Bytes of the tensors that the cache's layers hold of the chat; spare room is not counted."""
-        return sum(_tensor_bytes(value) for layer in self._cache.layers for value in vars(layer).values())
-
-    def tokens(self) -> int:
-        """Tokens of the chat so far."""
-        return len(self._encode(self.messages, prompt=False))
-
-    # ---- changes to the chat
-
-    def clear(self) -> None:
-        """Forget all that was said; the system message stays."""
-        self.messages = []
-        self._forget_cache()
-
-    def drop(self, turns: int) -> int:
-        """Forget the oldest turns, a user's text and what follows up to the next one -> how many there were to drop."""
-        starts = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        dropped = min(turns, len(starts))
-        self.messages = self.messages[starts[dropped] :] if dropped < len(starts) else []
-        return dropped
-
-    def save(self, path: Path) -> None:
-        """Write the chat and its settings as JSON, the whole file or none of it."""
-        content = {"system": self.system, "settings": asdict(self.settings), "messages": self.messages}
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
-
-    def load(self, path: Path) -> None:
-        """Go on with a chat written by `save`.
-
-        Raises:
-            ValueError: the file is none such; the chat is as before.
-        """
-        before = self.system, self.settings, self.messages
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or set(content) != {"system", "settings", "messages"}:
-                raise ValueError("it must hold `system`, `settings` and `messages`")
-            if not isinstance(content["system"], str) or not isinstance(content["settings"], dict):
-                raise ValueError("`system` must be a string and `settings` a table")
-            self.system, self.settings = content["system"], Settings(**content["settings"])
-            self._encode(content["messages"], prompt=False)
-            if any(message["role"] == "system" for message in content["messages"]):
-                raise ValueError("`messages` has a system message, which belongs into `system`")
-            self.messages = content["messages"]
-        except (ValueError, TypeError, RecursionError) as error:
-            self.system, self.settings, self.messages = before
-            raise ValueError(f"{path} is no saved chat: {error}") from error
-
-
-class _TokenQueue(BaseStreamer):
-    """Passes what `generate` writes on, token by token."""
-
-    def __init__(self, tokens: queue.Queue):
-        self.tokens = tokens
-        self.is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.is_prompt:
-            for token in value.flatten().tolist():
-                self.tokens.put(token)
-        self.is_prompt = False
-
-    def end(self) -> None:
-        pass
-
-
-class _StopWhenSet(StoppingCriteria):
-    def __init__(self, stop: threading.Event):
-        self.stop = stop
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
-
-
-def _tensor_bytes(value: object) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_tensor_bytes, value)) if isinstance(value, tuple) else 0
+# Commands that set a number of the settings.
+_NUMBERS = {
+    "/temperature": ("temperature", float),
+    "/top-p": ("top_p", float),
+    "/top-k": ("top_k", int),
+    "/min-p": ("min_p", float),
+    "/repetition-penalty": ("repetition_penalty", float),
+    "/tokens": ("max_new_tokens", int),
+}
 
 
 # ---------------------------------------------------------------- the terminal
@@ -360,10 +62,13 @@ def _tensor_bytes(value: object) -> int:
 HELP = """\
 /help                this list
 /clear               forget what was said
+/retry               answer the last text again
 /drop [N]            forget the N oldest turns (1)
 /system [TEXT]       set the system message; without a text, remove it
 /thinking on|off     whether the model thinks before it answers
 /temperature NUMBER  of sampling; 0 takes the likeliest token
+/top-p, /top-k, /min-p, /repetition-penalty NUMBER
+                     as the options of these names (chat.py --help)
 /tokens N            longest answer, in tokens
 /stats               what the last answer took, the context and the cache
 /save FILE           write the chat as JSON
@@ -379,12 +84,12 @@ class Terminal:
     """Reads lines, obeys commands and shows answers.
 
     Args:
-        chat: the conversation.
+        chat: the conversation; if it has tools, the user says what they return.
         console: where to write.
         read: prompt -> a line; raises EOFError at the end, KeyboardInterrupt at Ctrl-C.
     """
 
-    def __init__(self, chat: Chat, console: Console, read: Callable[[str], str] = input):
+    def __init__(self, chat: "Chat", console: Console, read: Callable[[str], str] = input):
         self.chat = chat
         self.console = console
         self.read = read
@@ -399,7 +104,7 @@ class Terminal:
                         return
                     self._obey(text)
                 elif text.strip():
-                    self._answer(text.removeprefix("/"))
+                    self._answer(self.chat.answer(text.removeprefix("/")))
             except EOFError:
                 self.console.print()
                 return
@@ -408,8 +113,8 @@ class Terminal:
             except (ValueError, OSError) as error:
                 self._note(f"{error}")
 
-    def _read_text(self) -> str:
-        line = self.read("> ")
+    def _read_text(self, prompt: str = "> ") -> str:
+        line = self.read(prompt)
         if line.strip() != '"""':
             return line
         lines = []
@@ -418,34 +123,43 @@ class Terminal:
         text = "\n".join(lines)
         return "/" + text if text.startswith("/") else text  # quoted, so no command
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, pieces: Iterator["Piece"]) -> None:
+        """Show an answer, and as long as it calls tools, ask what they return and show the next."""
+        self._show(pieces)
+        while self.chat.tools and (calls := self.chat.open_calls):
+            self._show(self.chat.answer_results([self._read_text(f"{call.name} returns> ") for call in calls]))
+
+    def _show(self, pieces: Iterator["Piece"]) -> None:
         thought = False
-        with closing(self.chat.answer(text)) as pieces:
+        with closing(pieces):
             try:
                 for piece in pieces:
                     if thought and not piece.thinking:
                         self.console.print("\n")
                     thought = piece.thinking
-                    style = "dim" if piece.thinking else ""
-                    self.console.print(
-                        Text(piece.text.translate(_VISIBLE), style=style), end="", soft_wrap=True, highlight=False
-                    )
+                    self._print(piece.text, "dim" if piece.thinking else "")
+                    if piece.call:
+                        self._print(f"{piece.call.name}({piece.call.arguments})\n", "bold")
             except KeyboardInterrupt:
                 pass
         self.console.print()
         stats = self.chat.stats
         if stats.ended == "interrupted" and not stats.new_tokens:
-            self._note("stopped before the first token; the question is taken back")
+            self._note("stopped before the first token; the chat is as before")
         else:
-            self._note(self._summary())
+            self._note(summary(self.chat))
 
-    def _summary(self) -> str:
-        stats, used = self.chat.stats, self.chat.tokens()
-        return (
-            f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} a second, {stats.ended} · read "
-            f"{stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} prompt tokens · context {used} of "
-            f"{self.chat.context} ({used / self.chat.context:.0%}) · cache {self.chat.cache_bytes():,} bytes"
-        )
+    def _print(self, text: str, style: str) -> None:
+        self.console.print(Text(text.translate(_VISIBLE), style=style), end="", soft_wrap=True, highlight=False)
+
+    def show_loaded(self) -> None:
+        """Show where a loaded chat stands: its last texts; all of the user's can be had again by the arrow keys."""
+        for message in self.chat.messages:
+            if readline is not None and message["role"] == "user":
+                readline.add_history(message["content"])
+        last = max((i for i, message in enumerate(self.chat.messages) if message["role"] == "user"), default=0)
+        for message in self.chat.messages[last:]:
+            self._print(f"{'> ' if message['role'] == 'user' else ''}{message['content']}\n", "dim")
 
     def _obey(self, line: str) -> None:
         name, _, argument = line.strip().partition(" ")
@@ -457,6 +171,8 @@ class Terminal:
             case "/clear":
                 chat.clear()
                 self._note("the chat is empty")
+            case "/retry":
+                self._answer(chat.retry())
             case "/drop":
                 dropped = chat.drop(_number("/drop", argument or "1", int))
                 self._note(f"{dropped} turn{'s' * (dropped != 1)} forgotten; the chat has {chat.tokens()} tokens")
@@ -468,19 +184,19 @@ class Terminal:
                     raise ValueError(f"/thinking is {argument!r}; say on or off")
                 chat.settings = replace(settings, thinking=argument == "on")
                 self._note(f"thinking is {argument}")
-            case "/temperature":
-                chat.settings = replace(settings, temperature=_number(name, argument, float))
-                self._note(f"temperature is {chat.settings.temperature:g}")
-            case "/tokens":
-                chat.settings = replace(settings, max_new_tokens=_number(name, argument, int))
-                self._note(f"answers have at most {chat.settings.max_new_tokens} tokens")
+            case _ if name in _NUMBERS:
+                field, kind = _NUMBERS[name]
+                chat.settings = replace(settings, **{field: _number(name, argument, kind)})
+                self._note(f"{field} is {getattr(chat.settings, field):g}")
             case "/stats":
-                self._note(self._summary())
+                self._note(summary(chat))
             case "/save" | "/load":
                 if not argument:
                     raise ValueError(f"{name} needs a file")
                 path = Path(argument).expanduser()
                 chat.save(path) if name == "/save" else chat.load(path)
+                if name == "/load":
+                    self.show_loaded()
                 self._note(f"{len(chat.messages)} messages {'saved to' if name == '/save' else 'from'} {path}")
             case _:
                 raise ValueError(f"{name} is no command; /help lists them, and // begins a text with a slash")
@@ -499,70 +215,166 @@ def _number(name: str, text: str, kind: type) -> int | float:
     return number
 
 
+def summary(chat: "Chat") -> str:
+    """What the last answer took."""
+    stats, used = chat.stats, chat.tokens()
+    return (
+        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} a second, {stats.ended} · read "
+        f"{stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} prompt tokens · context {used} of "
+        f"{chat.context} ({used / chat.context:.0%}) · cache {chat.cache_bytes():,} bytes"
+    )
+
+
+def answer_once(chat: "Chat", text: str) -> int:
+    """Write one answer to stdout, calls of tools as one JSON object a line, and all else to stderr -> the exit code.
+
+    Raises:
+        ValueError: the text does not fit the context, or is no Unicode text.
+    """
+    from common.conversation import FINISHED
+
+    visible = _VISIBLE if sys.stdout.isatty() else {}
+    with closing(chat.answer(text)) as pieces:
+        for piece in pieces:
+            written = json.dumps(piece.call._asdict(), ensure_ascii=False) + "\n" if piece.call else piece.text
+            print(written.translate(visible), end="", flush=True, file=sys.stderr if piece.thinking else sys.stdout)
+    print(flush=True)
+    print(summary(chat), file=sys.stderr)
+    return 0 if chat.stats.ended == FINISHED else CUT
+
+
 # ---------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
+    """Define the command line. Settings that are not given are None, so that those of a loaded chat stay."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="chat.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="folder or Hub name (default: the adapter's base model, or this repository)")
-    parser.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on the model")
+    parser = argparse.ArgumentParser(prog="chat.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="write one answer to this and leave; several texts are joined by empty lines, and - is what stdin has",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="folder or Hub name (default: the adapter's base model, or this repository)")
+    model.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on the model")
+    model.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="let code that comes with the checkpoint run; this repository's own needs no such permission",
     )
-    parser.add_argument(
+    model.add_argument(
         "--dtype", default="auto", help="of the weights, for instance float32 (default: the checkpoint's)"
     )
-    parser.add_argument("--device", help="for instance cpu, cuda or auto (default: cpu)")
-    parser.add_argument("--system", default="", help="system message")
-    parser.add_argument("--thinking", action="store_true", help="think before answering")
-    parser.add_argument(
-        "--temperature", type=float, default=defaults.temperature, help=f"default {defaults.temperature}; 0 is greedy"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=defaults.top_p, help=f"probability to sample among (default {defaults.top_p})"
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=defaults.max_new_tokens,
-        help=f"longest answer, in tokens (default {defaults.max_new_tokens})",
-    )
-    parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a chat that /save wrote")
-    parser.add_argument("--seed", type=int, help="seed of sampling")
+    model.add_argument("--device", help="for instance cpu, cuda or auto (default: cpu)")
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of functions that the model may call")
+    chat.add_argument("--load", type=Path, metavar="FILE", help="go on with a chat that /save wrote")
+    chat.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="think before answering (default: no)")
+    sampling = parser.add_argument_group("sampling")
+    for field, kind, meaning in (
+        ("temperature", float, "0 takes the likeliest token"),
+        ("top_p", float, "sample among the likeliest tokens that have this probability together"),
+        ("top_k", int, "sample among this many likeliest tokens; 0 is no limit"),
+        ("min_p", float, "sample among tokens with this share of the likeliest one's probability"),
+        ("repetition_penalty", float, "above 1, tokens that occurred become less likely"),
+        ("max_new_tokens", int, "longest answer, in tokens, thinking included"),
+    ):
+        name = f"--{field.replace('_', '-')}"
+        sampling.add_argument(name, type=kind, help=f"{meaning} (default {getattr(defaults, field):g})")
+    sampling.add_argument("--seed", type=int, help="seed of sampling")
     return parser
+
+
+def read_prompt(parts: list[str] | None) -> str | None:
+    """The one text to answer; None where somebody sits at the terminal.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if parts is None and sys.stdin.isatty():
+        return None
+    text = "\n\n".join(sys.stdin.read().strip("\n") if part == "-" else part for part in parts or ["-"])
+    if not text.strip():
+        raise ValueError("there is nothing to answer; give a text with --prompt, or write one to stdin")
+    return text
+
+
+def read_tools(path: Path) -> list[dict]:
+    """The functions of a JSON file; what a schema must have is checked when the chat is made.
+
+    Raises:
+        ValueError: it is no JSON list.
+    """
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--tools {path} is not JSON ({error})") from error
+    if not isinstance(tools, list) or not tools:
+        raise ValueError(f'--tools {path} must be a list of functions: [{{"name": ..., "parameters": {{...}}}}, ...]')
+    return tools
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    console = Console()
     try:
-        settings = Settings(args.thinking, args.temperature, args.top_p, args.max_new_tokens)
-        model, tokenizer = load(args.model, args.adapter, args.trust_remote_code, args.dtype, args.device)
-        chat = Chat(model, tokenizer, settings, args.system)
+        for name, value in (("--model", args.model), ("--adapter", args.adapter)):
+            if value is not None:
+                check_model_name(value, name)
+        given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = Settings(**given)
+        tools = None if args.tools is None else read_tools(args.tools)
+        if args.load is not None and not args.load.is_file():
+            raise ValueError(f"--load {args.load}: there is no such file")
+        prompt = read_prompt(args.prompt)
+        print(f"loading {args.model or args.adapter or 'the model of this repository'} ...", file=sys.stderr)
+        chat = load_chat(args, settings, tools)
         if args.load is not None:
             chat.load(args.load)
+            chat.settings = replace(chat.settings, **given)
+            chat.system = chat.system if args.system is None else args.system
+        if prompt is not None:
+            return answer_once(chat, prompt)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
-    if args.seed is not None:
-        set_seed(args.seed)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console = Console()
+    parameters = sum(parameter.numel() for parameter in chat.model.parameters())
     console.print(
-        f"{model.config.name_or_path}: {parameters / 1e6:,.1f} million parameters, reads {chat.context:,} tokens. "
+        f"{chat.model.config.name_or_path}: {parameters / 1e6:,.1f} million parameters, reads {chat.context:,} tokens. "
         "/help lists the commands.",
         highlight=False,
         markup=False,
     )
-    Terminal(chat, console).run()
+    terminal = Terminal(chat, console)
+    if args.load is not None:
+        terminal.show_loaded()
+    terminal.run()
     return 0
 
 
+def load_chat(args: argparse.Namespace, settings: Settings, tools: list[dict] | None) -> "Chat":
+    """The model of the command line, ready to talk. Here, not above, so that wrong options are said before torch comes."""
+    with extra("serve"):
+        from transformers import set_seed
+        from transformers.utils import logging
+
+        from common import loading
+        from common.conversation import Chat
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, tokenizer = loading.load(args.model, args.adapter, args.trust_remote_code, args.dtype, args.device)
+    if args.seed is not None:
+        set_seed(args.seed)
+    return Chat(model, tokenizer, settings, args.system or "", tools)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,12 +4,11 @@
 
 The text is the source code of Python's standard library, read as bytes, so nothing needs downloading. Reported is the
 load of the busiest expert over the mean, by layer, over the last tenth of the steps, and the loss. Writes
-benchmarks/results/balance.json and balance.png.
+runs/benchmarks/balance.json and balance.png.
 """
 
 import argparse
 import json
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import RESULTS, describe_machine, save_checkpoint, write_results
+from common.command import run_command
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -132,4 +132,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

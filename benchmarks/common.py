@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+from benchmarks.places import RESULTS, ROOT
 
 
 def describe_machine() -> dict:
@@ -72,11 +71,12 @@ def measure_bandwidth(megabytes: int = 512) -> float:
 
 
 def write_results(name: str, results: dict):
-    """Writes benchmarks/results/NAME.json whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
+    """Writes runs/benchmarks/NAME.json whole or not at all; `benchmarks.publish` puts it among the committed results."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     part = RESULTS / f"{name}.json.part"
     part.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(part, RESULTS / f"{name}.json")
+    print(f"written to {RESULTS / name}.json; among the committed results by `python -m benchmarks.publish {name}`")
 
 
 def save_checkpoint(folder: Path, config: dict):

@@ -7,7 +7,7 @@ report) in a process pinned to one core, the backends taking turns. MB are 10^6 
 the process itself used; wall seconds grow with whatever else the machine does.
 Recall: documents of the corpus and copies of them with some words or characters replaced, cleaned together at a threshold
 near 0, so that a pair counts if it is a candidate. True similarities come from sets of tokens, not of hashes.
-Writes benchmarks/results/corpus.json and corpus.png.
+Writes runs/benchmarks/corpus.json and corpus.png.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from common.command import run_command
 from corpus.deduplicate import Options
 from corpus.signatures import BACKENDS, candidate_probability
 from tokenization.documents import read_documents
@@ -176,10 +177,10 @@ def main() -> None:
     args = parser.parse_args()
     files = [path.resolve() for path in args.files]
     recall = measure_recall(files)
-    draw(recall)
     speed = measure_speed(files, [str(Path(path).resolve()) for path in args.test_sets], args.repeats)
     write_results("corpus", {"machine": describe_machine(), "speed": speed, "recall": recall})
+    draw(recall)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,7 @@ than the turn needs.
 
 Two floors: the bytes of the weights and latents that a token needs over the measured bandwidth, and the operations of
 attention over latents (2 (2C + Dr) for each head and token) over the speed of a large float32 product.
-Writes benchmarks/results/decode.json and decode.png.
+Writes runs/benchmarks/decode.json and decode.png.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from benchmarks.common import (
     summarise,
     write_results,
 )
+from common.command import run_command
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -277,4 +278,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,13 +4,12 @@
 
 Forms: one module an expert (`ModuleList`, DeepSeek's own hub code), and stacked parameters run by each experts
 implementation. LoRA: the usual target names given to PEFT, on transformers' DeepseekV3 class, on this model as it is,
-and on this model if it kept `model_type` "deepseek_v3" in memory. Writes benchmarks/results/experts.json.
+and on this model if it kept `model_type` "deepseek_v3" in memory. Writes runs/benchmarks/experts.json.
 """
 
 import argparse
 import json
 import re
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -24,6 +23,7 @@ from transformers.utils import logging
 
 from benchmarks.common import describe_machine, interleave, save_checkpoint, summarise, write_results
 from benchmarks.decode import CONFIG
+from common.command import run_command
 
 USUAL_TARGETS = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STACKED_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -123,4 +123,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,6 +1,6 @@
 """LoRA on attention, on experts and on everything, ESFT and full fine-tuning side by side, on bilingual number problems.
 
-    python -m benchmarks.finetune                     # the checkpoint in this folder; writes results/finetune.json and .png
+    python -m benchmarks.finetune                     # the checkpoint in this folder; writes runs/benchmarks/finetune.json and .png
     python -m benchmarks.finetune --only cost         # seconds and memory alone, where the machine has nothing else to do
     python -m benchmarks.finetune --methods "LoRA, all" --train-data gsm8k_train.jsonl --held-out-data gsm8k_test.jsonl \\
         --answer-kind number --max-tokens 512 --answer-tokens 200 --name finetune_gsm8k     # on data of your own
@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
 from benchmarks.decode import resident_kib
+from common.command import run_command
 from finetune.config import SFTOptions, make_options
 from finetune.data import read_examples, write_jsonl
 from finetune.models import trainable_parameters
@@ -214,4 +215,4 @@ def settings(arguments: argparse.Namespace, part: str) -> dict:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

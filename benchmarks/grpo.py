@@ -1,6 +1,6 @@
 """GRPO with a verifiable reward: a short SFT teaches the form of answers, then sampled answers are rewarded.
 
-    python -m benchmarks.grpo          # the checkpoint in this folder; writes results/grpo.json and grpo.png
+    python -m benchmarks.grpo          # the checkpoint in this folder; writes runs/benchmarks/grpo.json and grpo.png
 
 Training and held-out problems are disjoint. The reward is 1 for the right number, else 0; held-out accuracy is that of
 greedy answers.
@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from common.command import run_command
 from finetune import grpo, sft
 from finetune.config import GRPOOptions, SFTOptions, make_options
 from finetune.data import write_jsonl
@@ -65,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

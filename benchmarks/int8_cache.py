@@ -3,7 +3,7 @@
     python -m benchmarks.int8_cache --data runs/data    # the checkpoint in this folder; the data of pretrain.data
 
 Windows of held-out text run through the cache 16 tokens at a time, so that nearly all attention reads what the cache has
-kept; the same windows with the full cache and with the int8 cache. Writes benchmarks/results/int8_cache.json.
+kept; the same windows with the full cache and with the int8 cache. Writes runs/benchmarks/int8_cache.json.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, write_results
+from common.command import run_command
 from pretrain.data import load_held_out
 from pretrain.evaluate import bits_per_byte
 
@@ -64,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,7 +7,7 @@
     python -m benchmarks.learning dsa     --data runs/data    # MLA, an indexer added, both stages of its training
 
 DATA is a folder written by `python -m pretrain.data`; its languages get equal shares of the rows. Each finished
-training is kept in --work and not repeated, so that a stopped run goes on. Writes benchmarks/results/learning_NAME.json
+training is kept in --work and not repeated, so that a stopped run goes on. Writes runs/benchmarks/learning_NAME.json
 and .png. The sizes are such that selection selects: a query at the end of a row reads at most 80 of 1,024 tokens, besides the
 compressed entries.
 
@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
 from benchmarks.recall import RecallBatch, hide_passkeys, recall_vocab_size, room_for_passkeys
+from common.command import run_command
 from pretrain.data import INDEX_NAME, PretrainingData, batch_of, load_held_out
 from tools import add_indexer, upcycle_nsa
 
@@ -882,4 +883,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,7 +11,7 @@ Needs llama-cpp-python and a clone of llama.cpp for its converter (docs/interope
     families    a small random checkpoint of each family, as `save_pretrained` writes it
     speed       decoding and prefill, both implementations taking turns in one process with as many threads
 
-Writes benchmarks/results/llama_cpp.json.
+Writes runs/benchmarks/llama_cpp.json.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, interleave, save_checkpoint, write_results
 from benchmarks.decode import CONFIG as DECODE_CONFIG
+from common.command import run_command
 from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
 PARTS = ("tokenizer", "root", "families", "speed")
@@ -506,4 +507,4 @@ def _is_model(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

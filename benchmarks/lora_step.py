@@ -5,7 +5,7 @@
 The model is that of `benchmarks.decode`. For the native class, PEFT must be told weights instead of modules to reach
 shared experts and dense layers at all (docs/design.md, section 1); that the trainable parameters are as many is checked.
 A step is forward, backward and AdamW; both take turns in one process. Memory is what three steps add to a process of
-their own at its peak. Writes benchmarks/results/lora_step.json.
+their own at its peak. Writes runs/benchmarks/lora_step.json.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from benchmarks.common import describe_machine, interleave, save_checkpoint, summarise, write_results
 from benchmarks.decode import CONFIG, LOADERS, resident_kib
+from common.command import run_command
 from finetune.lora import lora_config
 from finetune.models import trainable_parameters
 
@@ -116,4 +117,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

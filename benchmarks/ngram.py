@@ -40,6 +40,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.common import describe_machine, write_results
+from common.command import run_command
 from pretrain.data import INDEX_NAME, TOKEN_DTYPE
 from pretrain.evaluate import bits_per_byte, check_same_tokenizer
 
@@ -343,4 +344,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

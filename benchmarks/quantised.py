@@ -4,7 +4,7 @@
 
 torchao always; bitsandbytes too where it is installed. All variants decode in turn in one process, one row over 128 tokens,
 in float32 arithmetic. What is quantised is what the libraries take by default: every Linear layer, routed experts included,
-without the output head, the embedding and the routers. Writes benchmarks/results/quantised.json.
+without the output head, the embedding and the routers. Writes runs/benchmarks/quantised.json.
 
 torchao's int4 on a CPU keeps each weight in a byte: its numbers show what four bits cost in quality, not the size.
 """
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, interleave, summarise, write_results
+from common.command import run_command
 from pretrain.data import load_held_out
 from pretrain.evaluate import bits_per_byte, held_out_nll
 
@@ -138,4 +139,4 @@ def _library_versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,7 +14,7 @@ Queries are scaled so that scores have a standard deviation of 3: attention is p
 Contestants take turns in one process. Memory is the growth of a fresh process's peak resident size, or of the GPU's
 peak allocation, over one call.
 The floor is the dense time multiplied by the share of its products of queries with keys that NSA makes.
-Writes benchmarks/results/sparse.json, sparse.png and the state of each gate, which are goals for CPUs; with a GPU
+Writes runs/benchmarks/sparse.json, sparse.png and the state of each gate, which are goals for CPUs; with a GPU
 sparse_cuda.json and sparse_cuda.png.
 """
 
@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, DynamicCa
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from benchmarks.common import RESULTS, describe_machine, interleave, save_checkpoint, summarise, write_results
+from common.command import run_command
 
 HEADS, WIDTH = 16, 64
 LENGTHS = [4096, 8192, 16384, 32768, 65536]
@@ -419,4 +420,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

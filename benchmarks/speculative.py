@@ -6,7 +6,7 @@
 Prompts are the beginnings of English and Chinese sentences below, one row at a time and four at once (padded on the left),
 over a dynamic and a static cache, in float32 on a CPU. Without drafts and with 1, 2 and 3 take turns in one process; greedy
 and sampled (temperature 0.7, top-p 0.95). Tokens per second count the time of `generate`. Writes
-benchmarks/results/speculative.json.
+runs/benchmarks/speculative.json.
 
 Acceptance at place i is the share of rounds in which draft i and all before it were accepted; tokens a round is one more
 than their sum (of several rows: of those that go on).
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, describe_machine, interleave, summarise, write_results
+from common.command import run_command
 
 PROMPTS = (
     "It was a dark night, and the old house stood alone on the hill. She looked out of the window and",
@@ -97,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,6 +12,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,10 +25,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 
 from common.extras import extra
+from common.names import check_model_name
 from configuration_deepseek import FAMILY_DEFAULTS
 from tools.add_remote_code import AUTO_MAP
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @cache
@@ -46,6 +49,7 @@ def load_config(name: str | Path, trust_remote_code: bool = False) -> PreTrained
         ValueError: the model is of another family, or a field is wrong.
         OSError: there is no such model.
     """
+    check_model_name(name, "model")
     try:
         if trust_remote_code:
             return AutoConfig.from_pretrained(name, trust_remote_code=True)
@@ -114,7 +118,9 @@ def load(
     Raises:
         ValueError, OSError: something is missing, damaged or does not fit; weights are read from safetensors only.
     """
+    check_device(device)
     if adapter is not None:
+        check_model_name(adapter, "adapter")
         with extra("serve"):
             from peft import PeftConfig, PeftModel
 
@@ -132,6 +138,30 @@ def load(
         except Exception as error:  # PEFT's are of many types
             raise ValueError(f"{adapter} is damaged, or no adapter for {model}: {error}") from error
     return loaded, tokenizer
+
+
+def check_device(device: str | None) -> None:
+    """Pass what `device_map` can be: nothing, one of its strategies, or a device of this machine.
+
+    Raises:
+        ValueError: there is no such device, or torch was built without it.
+    """
+    if device in (None, *DEVICE_MAPS):
+        return
+    found = torch.accelerator.current_accelerator()
+    here = (
+        ["cpu"] if found is None else ["cpu", *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    )
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:  # no name of a device
+        wanted = None
+    name = device if wanted is None or wanted.index is not None or wanted.type == "cpu" else f"{device}:0"
+    if name not in here:
+        raise ValueError(
+            f"--device is {device!r}, and torch {torch.__version__} finds {', '.join(here)} here; "
+            f"name one of these, or {', '.join(DEVICE_MAPS)}"
+        )
 
 
 def foreign_code(folder: Path) -> list[str]:

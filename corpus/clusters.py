@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from common.command import no_command
 from corpus.text import hash_slices
 
 
@@ -115,3 +116,7 @@ def join_similar(
             else:
                 seen.append([*itertools.chain.from_iterable(joined), member])
     return sets, compared, len(rejected)
+
+
+if __name__ == "__main__":
+    no_command("clean a corpus by python -m corpus.deduplicate")

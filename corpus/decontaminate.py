@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.command import no_command
 from corpus.text import ngrams, normalise, tokenise
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".tsv", ".parquet", ".txt")
@@ -100,3 +101,7 @@ def _strings(value: object) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for child in value.values() if isinstance(value, dict) else value:
             yield from _strings(child)
+
+
+if __name__ == "__main__":
+    no_command("clean a corpus by python -m corpus.deduplicate")

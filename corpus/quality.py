@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 
+from common.command import no_command
 from corpus.text import DIGIT, LETTER, OTHER, Tokens, ngrams, tokenise
 
 WORD_RULES = ("words", "word_length", "letters", "stop_words")
@@ -94,3 +95,7 @@ def _broken_repetition_rule(tokens: Tokens, long_ngram: int, top_ngrams: tuple[t
     again[first] = 0
     covered = np.convolve(again, np.ones(long_ngram, dtype=np.int64)) > 0  # tokens in an n-gram that came before
     return "repeated_ngrams" if np.count_nonzero(covered) > 0.1 * len(tokens) else ""
+
+
+if __name__ == "__main__":
+    no_command("clean a corpus by python -m corpus.deduplicate")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.command import no_command
 from corpus.signatures import candidate_probability
 
 NUM_PAIRS = 8
@@ -174,3 +175,7 @@ def _marked(one: str, other: str) -> tuple[str, str]:
             html = escape("".join(source[start:end]))
             side.append(html if kind == "equal" or not html else f"<mark>{html}</mark>")
     return "".join(sides[0]), "".join(sides[1])
+
+
+if __name__ == "__main__":
+    no_command("clean a corpus by python -m corpus.deduplicate")

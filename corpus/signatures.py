@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from datasketch import MinHash
 
+from common.command import no_command
+
 BACKENDS = ("datasketch", "rensa")
 
 SignatureFunction = Callable[[np.ndarray], np.ndarray]
@@ -58,3 +60,7 @@ def _rensa_signer(length: int, seed: int) -> SignatureFunction:
         return np.array(rows[0], dtype=np.uint32)
 
     return sign
+
+
+if __name__ == "__main__":
+    no_command("clean a corpus by python -m corpus.deduplicate")

@@ -15,6 +15,8 @@ from functools import cache
 
 import numpy as np
 
+from common.command import no_command
+
 OTHER, LETTER, DIGIT, SINGLE = range(4)  # classes of code points; SINGLE is a token of its own
 
 # Han (with 々〇), kana, bopomofo, and the Southeast Asian scripts that put no spaces between words.
@@ -134,3 +136,7 @@ def _class_table() -> np.ndarray:
         block = table[first : last + 1]
         block[block != OTHER] = SINGLE
     return table
+
+
+if __name__ == "__main__":
+    no_command("clean a corpus by python -m corpus.deduplicate")

@@ -8,6 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
+from common.command import run_command
+
 PLAIN, CACHED, EXPERT, FRAME = "#eef2f6", "#ffe3b3", "#d7ecd9", "#fbfcfd"
 
 
@@ -134,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from common.command import no_command
+
 
 class RouterBiasCallback(TrainerCallback):
     """Keeps experts balanced in full fine-tuning: the model's `update_router_bias` after each optimizer step.
@@ -101,3 +103,7 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

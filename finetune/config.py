@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from finetune.lora import TARGETS
+from common.command import no_command
 
+TARGETS = ("attention", "shared", "dense", "routed", "all")  # what LoRA adapts: groups of finetune/lora.py
 METHODS = ("lora", "esft", "full")
 FORMATS = ("auto", "messages", "alpaca", "sharegpt", "prompt-completion", "qa", "preference", "text")
 QUANTISATIONS = ("none", "nf4", "int8")
@@ -405,3 +406,7 @@ def _read_yaml(path: Path, schema: type) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"{path}: unknown option {name!r}{_nearest(name, known)}")
     return values
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

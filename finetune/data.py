@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from common.command import no_command
 from tokenization.plain import PlainEncoder
 from tokenization.safe_chat import MESSAGE_FIELDS, encode_chat
 
@@ -616,3 +617,7 @@ def preview(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, conso
     console.rule(f"one example: {len(row['labels'])} tokens, the loss counts the {trained} in green")
     console.print(text, soft_wrap=True)
     console.rule()
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

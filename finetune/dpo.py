@@ -6,14 +6,19 @@ A line of the data is {"prompt", "chosen", "rejected"}, each text or a list of m
 model without its adapter; otherwise it is a second copy of the model.
 """
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+with extra("train"):
+    from finetune.config import DPOOptions, read_options
+
+check_early(__name__, lambda: read_options(DPOOptions, None, "python -m finetune.dpo"))
 
 with extra("train"):
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import DPOConfig
 
-    from finetune.config import DPOOptions
     from finetune.data import template_arguments, template_messages, warn_of_lost_text
     from finetune.run import Task, command, fine_tune
     from finetune.trainers import DeepseekDPOTrainer
@@ -62,4 +67,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
+from common.command import no_command
 from finetune.data import collate
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -279,3 +280,7 @@ def _place(experts: nn.Module | None, expert: int, part: str) -> torch.Tensor | 
         stack = getattr(experts, name)
     matrix = stack.data[expert]
     return matrix if name == "down_proj" else matrix.chunk(2)[part == "up_proj"]
+
+
+if __name__ == "__main__":
+    no_command("ESFT is python -m finetune.sft --method esft")

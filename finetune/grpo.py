@@ -5,14 +5,19 @@
 The data are questions with answers in any of SFT's formats; the answer is only compared, never shown to the model.
 """
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+with extra("train"):
+    from finetune.config import GRPOOptions, read_options
+
+check_early(__name__, lambda: read_options(GRPOOptions, None, "python -m finetune.grpo"))
 
 with extra("train"):
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import GRPOConfig
 
-    from finetune.config import GRPOOptions
     from finetune.data import question_and_answer, template_messages
     from finetune.rewards import REWARDS
     from finetune.run import Task, command, fine_tune
@@ -60,4 +65,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -25,6 +25,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, ge
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from common.command import no_command
+
 # Names inside a decoder layer. The routed experts are parameters, not modules, and need PEFT's `target_parameters`.
 _MODULES = {
     "attention": r"self_attn\.(?:q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"
@@ -281,3 +283,7 @@ def check_fits(model: nn.Module, files: AdapterFiles) -> PeftModel:
     if missing := sorted(set(expected) - set(files.shapes)):
         raise ValueError(f"the adapter in {files.folder} is for a smaller model or damaged: it lacks {missing[0]}")
     return empty
+
+
+if __name__ == "__main__":
+    no_command("adapt by python -m finetune.sft, merge by python -m finetune.merge")

@@ -14,7 +14,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.merge", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="folder or Hub name of the base model")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder with a LoRA adapter or an ESFT result")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -23,8 +36,9 @@ with extra("train"):
     from peft.tuners.lora.layer import ParamWrapper
     from safetensors import safe_open
 
+    from common.card import model_name
     from common.loading import load_config, new_model
-    from finetune.experts import ESFT_CONFIG, ESFT_WEIGHTS, read_esft
+    from finetune.experts import ESFT_WEIGHTS, read_esft
     from finetune.lora import AdapterFiles, check_fits
     from loading_deepseek import CheckpointFiles, dequantised_state_dict
     from tools.convert import refuse_existing, tensor_files, write_checkpoint
@@ -160,19 +174,11 @@ def merge(source: Path, adapter: Path, output: Path) -> None:
         else:
             yield name, merged(name, tensor)
 
-    write_checkpoint(source, output, config, shard_of, change)
+    what = f"{model_name(source)} with the result `{adapter.resolve().name}` of a fine-tuning merged in (`finetune.merge`)."
+    write_checkpoint(source, output, config, shard_of, change, what)
 
 
 # ---------------------------------------------------------------- command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.merge", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="folder or Hub name of the base model")
-    parser.add_argument("--adapter", type=Path, required=True, help=f"folder with a LoRA adapter or {ESFT_CONFIG}")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,8 +194,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"merged model written to {args.output}")
+    print(f"next: python chat.py --model {args.output}, or python -m tools.publish {args.output} --dry-run")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

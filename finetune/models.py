@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import loading
+from common.command import no_command
 from finetune.config import CommonOptions
 from finetune.experts import ESFT_WEIGHTS, Routing, choose_experts, describe_choice, load_esft, train_only_experts
 from finetune.lora import load_adapter, lora_config, whole_size
@@ -174,3 +175,7 @@ def describe_trainable(model: nn.Module) -> str:
     )
     trained = trainable_parameters(model)
     return f"trained: {trained:,} of {everything:,} numbers ({trained / everything:.1%})"
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

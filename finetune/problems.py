@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command import run_command
+from common.outputs import refuse_existing
 from finetune.data import write_jsonl
 
 LANGUAGES = ("en", "zh")
@@ -157,15 +159,17 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         train, held_out = number_problems(args.train_examples, args.held_out_examples, args.seed, args.kinds)
-    except ValueError as error:
+        refuse_existing("--output", (args.output / name for name in ("train.jsonl", "held_out.jsonl")))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     write_jsonl(train, args.output / "train.jsonl")
     write_jsonl(held_out, args.output / "held_out.jsonl")
     print(f"{len(train)} training and {len(held_out)} held-out examples written to {args.output}")
+    print(f"next: python -m finetune.sft --model . --data {args.output / 'train.jsonl'} --output RUN")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -15,6 +15,7 @@ matplotlib.use("Agg")  # no display needed
 import yaml
 from matplotlib import pyplot as plt
 
+from common.command import no_command
 from finetune.experts import Routing
 
 _CURVES = (  # title, keys of the trainer's log with their labels
@@ -202,3 +203,7 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

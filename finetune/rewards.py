@@ -9,6 +9,8 @@ The signatures are TRL's: lists over completions, and each column of the data as
 import re
 from decimal import Decimal, InvalidOperation
 
+from common.command import no_command
+
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # 1,234.5 and 1234.5, also with a sign and among Chinese characters; not the 2 of "x2"
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
@@ -59,3 +61,7 @@ REWARDS = {"numeric": numeric, "format": format}
 def _content(completion) -> str:
     """The text of a completion, which is a list of messages where the prompt is one."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

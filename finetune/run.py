@@ -33,6 +33,7 @@ from transformers import (
     is_wandb_available,
 )
 
+from common.command import no_command
 from finetune.callbacks import ProgressBar, RouterBiasCallback
 from finetune.config import CommonOptions, read_options
 from finetune.data import pad_token, question_and_answer, read_examples, render_all, split_examples
@@ -189,6 +190,13 @@ def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] 
         return 2
     if PartialState().is_main_process:
         print(f"result in {options.output}/final, report in {options.output}/report.html")
+        if getattr(options, "method", "lora") == "full":
+            print(f"next: python chat.py --model {options.output}/final")
+        else:
+            print(
+                f"next: python -m finetune.merge --model {options.model} --adapter {options.output}/final --output MERGED, then "
+                "python chat.py --model MERGED"
+            )
     return 0
 
 
@@ -358,3 +366,7 @@ def _check_resumable(output: Path, options: CommonOptions) -> Path | None:
     if (output / "final").is_dir():
         raise ValueError(f"--resume, but the run in {output} is finished: its result is in {output / 'final'}")
     return last_checkpoint(output)
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

@@ -7,7 +7,13 @@
 The loss is on the assistant's words only. `docs/finetuning.md` explains data formats, methods and the result.
 """
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+with extra("train"):
+    from finetune.config import SFTOptions, read_options
+
+check_early(__name__, lambda: read_options(SFTOptions, None, "python -m finetune.sft"))
 
 with extra("train"):
     from datasets import Dataset
@@ -15,7 +21,6 @@ with extra("train"):
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
-    from finetune.config import SFTOptions
     from finetune.data import preview, render_all, warn_of_lost_text
     from finetune.run import Task, command, fine_tune
     from finetune.trainers import DeepseekSFTTrainer
@@ -58,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.models import unwrap_model_for_generation
 
+from common.command import no_command
 from finetune.config import CommonOptions
 from finetune.evaluate import Answer, answer_all, score
 from finetune.experts import load_esft, save_esft
@@ -247,3 +248,7 @@ def save_result(trainer: DeepseekTrainerMixin, folder: Path) -> None:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    no_command("fine-tune by python -m finetune.sft, .dpo or .grpo")

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from common.command import no_command
+
 
 def active_parameters(module: nn.Module, experts_per_token: int | None) -> int:
     """Parameters of a module that a token meets: of stacked experts the share that it visits, all of the rest."""
@@ -86,3 +88,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
             torch.accelerator.synchronize(device)
         fastest = min(fastest, time.perf_counter() - started)
     return 2 * size**3 / fastest
+
+
+if __name__ == "__main__":
+    no_command("train by python -m pretrain.train")

@@ -23,7 +23,46 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.data", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("LANGUAGE", "FILE"),
+        help="a language name and its .jsonl, .txt (.gz) or .parquet files, a .txt being one document; repeat for each",
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create for the shards")
+    parser.add_argument(
+        "--held-out-fraction", type=float, default=0.01, help="share of documents, in [0, 1) (default 0.01)"
+    )
+    parser.add_argument(
+        "--min-held-out-bytes", type=int, default=200_000, help="least UTF-8 bytes a language (default 200000)"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=1 << 23, help="tokens in a shard (default 8388608)")
+    parser.add_argument(
+        "--text-field", default="text", help="key of the text in .jsonl files, column in .parquet (default text)"
+    )
+    parser.add_argument(
+        "--fim-rate",
+        type=float,
+        default=0.0,
+        help="share of training documents made fill-in-the-middle samples, in [0, 1]; V3 has 0.1 (default 0)",
+    )
+    parser.add_argument(
+        "--fim-spm-share", type=float, default=0.0, help="of these, in suffix-prefix-middle order (default 0)"
+    )
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import numpy as np
@@ -198,7 +237,8 @@ def build_dataset(
             if held_out_bytes < min_held_out_bytes:
                 raise ValueError(
                     f"language {language!r} has {held_out_bytes} held-out bytes, fewer than --min-held-out-bytes "
-                    f"{min_held_out_bytes}; raise --held-out-fraction (now {held_out_fraction}) or add files"
+                    f"{min_held_out_bytes}; raise --held-out-fraction (now {held_out_fraction}), lower "
+                    "--min-held-out-bytes, or add files; a .txt is one document, which corpus.split cuts into many"
                 )
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         partial.rename(output)
@@ -310,7 +350,7 @@ class PretrainingData:
         folder: folder with `index.json`.
         row_tokens: S, tokens in a training row.
         batch_rows: B, rows in a batch over all processes and accumulation steps.
-        mix: share of rows by language; normalised; a language left out is not trained on.
+        mix: share of rows by language; normalised; a language left out is not trained on. None: all alike.
         seed: seed of the orders.
 
     Raises:
@@ -318,13 +358,14 @@ class PretrainingData:
         ValueError: the mix names an unknown language, has no positive weight, or a language has no full row.
     """
 
-    def __init__(self, folder: Path, row_tokens: int, batch_rows: int, mix: dict[str, float], seed: int = 0):
+    def __init__(self, folder: Path, row_tokens: int, batch_rows: int, mix: dict[str, float] | None, seed: int = 0):
         index_path = folder / INDEX_NAME
         if not index_path.is_file():
             raise FileNotFoundError(f"{index_path} does not exist; write a dataset with `python -m pretrain.data`")
         self.index = json.loads(index_path.read_text(encoding="utf-8"))
         self.folder, self.seed = folder, seed
         languages = self.index["languages"]
+        mix = dict.fromkeys(languages, 1.0) if mix is None else mix
         unknown = sorted(set(mix) - set(languages))
         if unknown or min(mix.values(), default=-1) < 0 or sum(mix.values()) <= 0:
             raise ValueError(f"mix is {mix}; give non-negative weights for some of {', '.join(sorted(languages))}")
@@ -412,41 +453,6 @@ def _windows(stream: np.ndarray, window_tokens: int, fill: int, num_bytes: int) 
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.data", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--files",
-        nargs="+",
-        action="append",
-        required=True,
-        metavar=("LANGUAGE", "FILE"),
-        help="a language name and its .jsonl, .txt (.gz) or .parquet files; repeat for each language",
-    )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--output", type=Path, required=True, help="folder to create for the shards")
-    parser.add_argument(
-        "--held-out-fraction", type=float, default=0.01, help="share of documents, in [0, 1) (default 0.01)"
-    )
-    parser.add_argument(
-        "--min-held-out-bytes", type=int, default=200_000, help="least UTF-8 bytes a language (default 200000)"
-    )
-    parser.add_argument("--shard-tokens", type=int, default=1 << 23, help="tokens in a shard (default 8388608)")
-    parser.add_argument(
-        "--text-field", default="text", help="key of the text in .jsonl files, column in .parquet (default text)"
-    )
-    parser.add_argument(
-        "--fim-rate",
-        type=float,
-        default=0.0,
-        help="share of training documents made fill-in-the-middle samples, in [0, 1]; V3 has 0.1 (default 0)",
-    )
-    parser.add_argument(
-        "--fim-spm-share", type=float, default=0.0, help="of these, in suffix-prefix-middle order (default 0)"
-    )
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -469,6 +475,12 @@ def main(argv: list[str] | None = None) -> int:
         for split in ("train", "held_out"):
             size = entry[split]
             print(f"{language} {split}: {size['documents']} documents, {size['tokens']} tokens, {size['bytes']} bytes")
+    print(
+        f"next: python -m pretrain.train --data {args.output} --tokenizer {args.tokenizer} --model MODEL --run-dir RUN --steps N"
+    )
+    print(
+        f"      a MODEL for this tokenizer: python -m pretrain.config --tokenizer {args.tokenizer} --parameters 15M --output MODEL"
+    )
     return 0
 
 
@@ -482,4 +494,4 @@ def _files_by_language(groups: list[list[str]]) -> dict[str, list[Path]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

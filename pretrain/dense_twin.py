@@ -20,6 +20,7 @@ with extra("train"):
     import torch
     from transformers import PreTrainedModel
 
+    from common.command import run_command
     from common.loading import load_config, new_model
     from pretrain.cost import body_parameters
     from tools.add_remote_code import AUTO_MAP, code_files
@@ -99,4 +100,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -16,7 +16,25 @@ import math
 import sys
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path, help="folder with the checkpoint and its tokenizer")
+    parser.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
+    parser.add_argument("--context-tokens", type=int, default=512, help="window length, in tokens (default 512)")
+    parser.add_argument("--batch-rows", type=int, default=8, help="windows at once (default 8)")
+    parser.add_argument("--max-tokens", type=int, help="held-out tokens a language (default: all)")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeatable")
+    parser.add_argument("--max-new-tokens", type=int, default=80, help="tokens a continuation (default 80)")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed (default 0)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -208,20 +226,6 @@ def continue_prompt(
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.partition("\n")[0])
-    parser.add_argument("model", type=Path, help="folder with the checkpoint and its tokenizer")
-    parser.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
-    parser.add_argument("--context-tokens", type=int, default=512, help="window length, in tokens (default 512)")
-    parser.add_argument("--batch-rows", type=int, default=8, help="windows at once (default 8)")
-    parser.add_argument("--max-tokens", type=int, help="held-out tokens a language (default: all)")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeatable")
-    parser.add_argument("--max-new-tokens", type=int, default=80, help="tokens a continuation (default 80)")
-    parser.add_argument("--seed", type=int, default=0, help="sampling seed (default 0)")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -246,8 +250,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"the first prediction module guesses the model's choice {accepted:.1%} of the time")
     for prompt in args.prompt:
         print("----\n" + continue_prompt(model, tokenizer, prompt, args.max_new_tokens, args.seed))
+    print(f"next: python chat.py --model {args.model}, or python -m tools.publish {args.model} --dry-run")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

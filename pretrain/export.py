@@ -12,14 +12,23 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from common.card import write_card
+from common.command import no_command
 from common.loading import load_config, load_model, new_model
 from tools.add_remote_code import AUTO_MAP, code_files, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# What an export replaces; config.json and the code stay where they are.
+EXPORTED_FILES = ("model.safetensors", "model.safetensors.index.json", "generation_config.json")
 
 
 def export_checkpoint(
-    state_dict: dict[str, torch.Tensor], model_dir: Path, tokenizer_dir: Path, export_dir: Path
+    state_dict: dict[str, torch.Tensor],
+    model_dir: Path,
+    tokenizer_dir: Path,
+    export_dir: Path,
+    what: str = "Exported by `pretrain.export`.",
+    measured: str = "",
 ) -> None:
     """Write a model in bf16 with tokenizer and generation defaults into `export_dir`, and load it back to check it.
 
@@ -27,7 +36,8 @@ def export_checkpoint(
         state_dict: all weights of the trained model, any dtype; the model itself may hold only shards of them.
         model_dir: the folder it was built from, with config.json.
         tokenizer_dir: folder of the tokenizer.
-        export_dir: target; may be `model_dir`. An existing `config.json` and code stay.
+        export_dir: target; may be `model_dir`. An existing `config.json`, card and code stay.
+        what, measured: of the card (common/card.py).
 
     Raises:
         ValueError: the written checkpoint does not fit the model: names the missing and unexpected keys.
@@ -56,6 +66,8 @@ def export_checkpoint(
     for name in TOKENIZER_FILES:
         if (tokenizer_dir / name).is_file() and tokenizer_dir.resolve() != export_dir.resolve():
             shutil.copy(tokenizer_dir / name, export_dir / name)
+    if not (export_dir / "README.md").exists():
+        write_card(export_dir, what, name=export_dir.resolve().name, text=measured)
     check_loads(export_dir)
 
 
@@ -80,3 +92,7 @@ def check_loads(folder: Path) -> None:
         raise ValueError(
             f"{folder}/model.safetensors does not fit its model: {problems}; was the code changed meanwhile?"
         )
+
+
+if __name__ == "__main__":
+    no_command("export by python -m pretrain.train --export-dir FOLDER")

@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, _adjust_lr, _zeropower_via_newtonschulz
 
+from common.command import no_command
+
 OPTIMIZERS = ("adamw", "muon")
 ADAMW_BETAS = (0.9, 0.95)  # DeepSeek-V3 report, section 4.2
 
@@ -120,3 +122,7 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
             matrices[module.gate_up_proj] = module.gate_up_proj.shape[1] // 2
             matrices[module.down_proj] = module.down_proj.shape[1]
     return matrices
+
+
+if __name__ == "__main__":
+    no_command("train by python -m pretrain.train")

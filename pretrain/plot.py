@@ -17,28 +17,34 @@ matplotlib.use("Agg")  # no display on training machines
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from common.command import run_command
+from common.outputs import refuse_existing
+
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a JSON-lines log in file order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """The records of a JSON-lines log in file order; a last line that a full disk or a kill cut is left out and said.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not JSON ({error}); take that line out") from error
+            print(f"note: the last line of {path} is cut; it is left out", file=sys.stderr)
+    return records
 
 
 def draw_all(records: list[dict], output: Path) -> list[Path]:
     """Draw every figure the records have data for into `output`; returns the written files."""
     output.mkdir(parents=True, exist_ok=True)
-    drawings = {
-        "loss": (draw_loss, [r for r in records if "loss" in r]),
-        "bits_per_byte": (draw_bits_per_byte, [r for r in records if "bits_per_byte" in r]),
-        "expert_load": (draw_expert_load, [r for r in records if r.get("expert_load")]),
-        "router_bias": (draw_router_bias, [r for r in records if r.get("router_bias")]),
-        "index_loss": (draw_index_loss, [r for r in records if r.get("index_loss") is not None]),
-        "index_recall": (draw_index_recall, [r for r in records if r.get("index_recall")]),
-        "learning_rate": (draw_learning_rate, [r for r in records if "learning_rate" in r]),
-        "throughput": (draw_throughput, [r for r in records if "tokens_per_second" in r]),
-        "mfu": (draw_mfu, [r for r in records if "mfu" in r]),
-    }
     written = []
-    for name, (draw, chosen) in drawings.items():
+    for name, (draw, has_data) in DRAWINGS.items():
+        chosen = [record for record in records if has_data(record)]
         if not chosen:
             continue
         figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -86,8 +92,9 @@ def draw_router_bias(axes: Axes, records: list[dict]) -> None:
     """Range of the routers' selection biases over the experts of a layer."""
     for layer in records[0]["router_bias"]:
         low, high = zip(*(record["router_bias"][layer] for record in records), strict=True)
-        axes.fill_between(_millions(records), low, high, alpha=0.3, label=f"layer {layer}")
-    axes.set_ylabel("router bias, least to greatest expert")
+        (line,) = axes.plot(_millions(records), high, linewidth=1, label=f"layer {layer}")
+        axes.plot(_millions(records), low, linewidth=1, linestyle="--", color=line.get_color())
+    axes.set_ylabel("router bias: greatest expert, least dashed")
 
 
 def draw_index_loss(axes: Axes, records: list[dict]) -> None:
@@ -124,11 +131,26 @@ def draw_mfu(axes: Axes, records: list[dict]) -> None:
     axes.set_ylabel("MFU (%)")
 
 
+# What each figure shows, and the records that have it.
+DRAWINGS = {
+    "loss": (draw_loss, lambda r: "loss" in r),
+    "bits_per_byte": (draw_bits_per_byte, lambda r: "bits_per_byte" in r),
+    "expert_load": (draw_expert_load, lambda r: r.get("expert_load")),
+    "router_bias": (draw_router_bias, lambda r: r.get("router_bias")),
+    "index_loss": (draw_index_loss, lambda r: r.get("index_loss") is not None),
+    "index_recall": (draw_index_recall, lambda r: r.get("index_recall")),
+    "learning_rate": (draw_learning_rate, lambda r: "learning_rate" in r),
+    "throughput": (draw_throughput, lambda r: "tokens_per_second" in r),
+    "mfu": (draw_mfu, lambda r: "mfu" in r),
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.plot", description=__doc__.partition("\n")[0])
     parser.add_argument("log", type=Path, help="log.jsonl of a training run")
     parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
+    parser.add_argument("--overwrite", action="store_true", help="replace figures that lie there")
     return parser
 
 
@@ -138,10 +160,19 @@ def main(argv: list[str] | None = None) -> int:
     if not args.log.is_file():
         print(f"error: log {args.log} does not exist; pass log.jsonl of a run of pretrain.train", file=sys.stderr)
         return 2
-    for path in draw_all(read_log(args.log), args.output):
-        print(path)
+    try:
+        if not args.overwrite:
+            names = (f"{name}.png" for name in DRAWINGS)
+            refuse_existing(
+                "--output", (args.output / name for name in names), "name another folder, or add --overwrite"
+            )
+        for path in draw_all(read_log(args.log), args.output):
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -12,6 +12,7 @@ import sys
 from html import escape
 from pathlib import Path
 
+from common.command import run_command
 from pretrain.plot import draw_all, read_log
 
 CAPTIONS = {
@@ -60,6 +61,7 @@ def write_report(run: Path, figures_dir: Path | None = None) -> Path:
             "<div class='figures'>",
             *(_figure(path) for path in figures),
             "</div>",
+            _samples(records),
             _details("Options", description["options"]),
             _details("Model config", description["config"]),
         )
@@ -92,6 +94,23 @@ def results(records: list[dict], description: dict) -> dict[str, str]:
     for language, bits in evaluated[-1]["bits_per_byte"].items() if evaluated else ():
         facts[f"held-out text, {language}"] = f"{bits:.4f} bits per byte"
     return facts
+
+
+def _samples(records: list[dict]) -> str:
+    """What the model went on with at the evaluations, the last one open."""
+    parts = []
+    for record in reversed([record for record in records if record.get("samples")]):
+        rows = {
+            language: f"{sample['begins']} \u2192 {sample['goes_on']}"
+            for language, sample in record["samples"].items()
+        }
+        if not parts:
+            parts.append(
+                f"<h2>Samples after {record['step']:,} steps: held-out text \u2192 the model</h2>{_table(rows)}"
+            )
+        else:
+            parts.append(_details(f"Samples after {record['step']:,} steps", rows))
+    return "".join(parts)
 
 
 def _table(rows: dict) -> str:
@@ -132,4 +151,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -1,7 +1,7 @@
 """Trains a model of this repository on packed token shards, from random weights or from a checkpoint.
 
     python -m pretrain.train --model . --data runs/data --run-dir runs/base --steps 3000 \\
-        --tokenizer runs/tokenizer --export-dir . --figures-dir docs/images
+        --tokenizer runs/tokenizer --export-dir runs/model
 
 Continue a stopped run by the same command with `--resume`: data order, optimizer, schedule and random state go on as if
 it had never stopped. `--resume` with `--steps` no greater than the steps done exports what there is. Several processes:
@@ -26,31 +26,114 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+from common.outputs import refuse_existing
+
+OPTIMIZERS = ("adamw", "muon")  # of pretrain/optimizers.py
+SCHEDULES = ("wsd", "cosine")
+STARTS = ("random", "weights")
+DSA_STAGES = ("warmup", "sparse")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
+    files = parser.add_argument_group("files")
+    files.add_argument("--model", type=Path, required=True, help="folder with config.json")
+    files.add_argument(
+        "--start",
+        choices=STARTS,
+        default="random",
+        help="weights to start from: random, or those in --model (default random)",
+    )
+    files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
+    files.add_argument("--run-dir", type=Path, required=True, help="folder for log and checkpoints")
+    files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
+    files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for samples and for --export-dir")
+    files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace weights and tokenizer in --export-dir, and the figures in --figures-dir",
+    )
+    files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN_DIR/figures)")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")
+    batch.add_argument(
+        "--max-minutes",
+        type=float,
+        help="let the wsd decay begin early, so that training takes about this many minutes (default: no limit)",
+    )
+    batch.add_argument("--batch-rows", type=int, default=16, help="rows a step over all processes (default 16)")
+    batch.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
+    batch.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
+    batch.add_argument("--mix", help="share of rows by language, as en=0.5,zh=0.5 (default: all of the data's alike)")
+    batch.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default 0)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon: for hidden matrices, AdamW for the rest (default adamw)",
+    )
+    recipe.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak rate (default 1.5e-3)")
+    recipe.add_argument("--schedule", choices=SCHEDULES, default="wsd", help="shape of the rate (default wsd)")
+    recipe.add_argument("--warmup-steps", type=int, default=100, help="steps of linear rise (default 100)")
+    recipe.add_argument("--decay-fraction", type=float, default=0.2, help="share of steps in decay (default 0.2)")
+    recipe.add_argument("--final-fraction", type=float, default=0.02, help="last rate / peak (default 0.02)")
+    recipe.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only (default 0.1)")
+    recipe.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default 1)")
+    recipe.add_argument("--router-bias-rate", type=float, default=1e-3, help="bias step, V3's gamma (default 1e-3)")
+    recipe.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="arithmetic (default auto)"
+    )
+    recipe.add_argument(
+        "--dsa-stage",
+        choices=DSA_STAGES,
+        help="of a model with an indexer: teach only that, under dense attention, or train all under sparse attention",
+    )
+    recipe.add_argument("--compile", action="store_true", help="torch.compile the layers")
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--tensorboard", action="store_true", help="write RUN_DIR/tensorboard too")
+    reports.add_argument(
+        "--peak-tflops", type=float, help="peak of a device for MFU (default: what a large matrix product reaches)"
+    )
+    reports.add_argument("--log-every", type=int, default=10, help="steps between log records (default 10)")
+    reports.add_argument("--eval-every", type=int, default=250, help="steps between evaluations (default 250)")
+    reports.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens a language (default 32768)")
+    reports.add_argument("--eval-rows", type=int, default=16, help="windows evaluated at once (default 16)")
+    reports.add_argument("--checkpoint-every", type=int, default=250, help="steps between checkpoints (default 250)")
+    reports.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints kept (default 2)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
     import transformers
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType, broadcast, set_seed
+    from safetensors import SafetensorError
     from torch import nn
     from torch.distributed.tensor import DTensor
     from tqdm import tqdm
-    from transformers import PreTrainedModel
+    from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+    from common.card import model_name
     from common.loading import load_config, load_model, new_model
     from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
     from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
     from pretrain.evaluate import check_same_tokenizer, evaluate_model, index_recall
-    from pretrain.export import export_checkpoint
-    from pretrain.optimizers import OPTIMIZERS, build_optimizer
-    from pretrain.plot import read_log
+    from pretrain.export import EXPORTED_FILES, TOKENIZER_FILES, export_checkpoint
+    from pretrain.optimizers import build_optimizer
+    from pretrain.plot import DRAWINGS, read_log
     from pretrain.report import write_report
 
-SCHEDULES = ("wsd", "cosine")
 LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss", "index_loss")
-STARTS = ("random", "weights")
-DSA_STAGES = ("warmup", "sparse")
+SIZES = "sizes.json"  # in a checkpoint, of its files
+SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 8, 40  # of a held-out text, and what the model goes on with
 RECALL_WINDOWS = 2  # held-out windows a language on which the indexer's recall is measured; they hold dense attention
 
 
@@ -219,7 +302,9 @@ class RunLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool):
         self.path = folder / "log.jsonl"
         kept = [record for record in read_log(self.path) if record["step"] <= step] if self.path.is_file() else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial = folder / "log.jsonl.partial"
+        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        partial.replace(self.path)
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # needs the optional package
@@ -229,7 +314,7 @@ class RunLog:
     def write(self, record: dict) -> None:
         """Append one record."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if self.tensorboard is not None:
             for name, value in flatten(record):
                 self.tensorboard.add_scalar(name, value, record["step"])
@@ -243,7 +328,7 @@ def flatten(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}/")
-        else:
+        elif not isinstance(value, str):
             yield f"{prefix}{name}", value
 
 
@@ -255,16 +340,49 @@ def checkpoints_in(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("checkpoint-*") if path.suffix != ".partial")
 
 
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by the sizes that they were written with; None if nothing is."""
+    try:
+        sizes = json.loads((checkpoint / SIZES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None  # of an earlier version
+    except ValueError:
+        return f"{SIZES} is cut"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            return f"{name} has {found:,} bytes, {size:,} were written"
+    return None
+
+
 def save_checkpoint(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
-    """Write everything a run needs to go on; a crash while writing leaves earlier checkpoints untouched."""
+    """Write everything a run needs to go on; a crash while writing leaves earlier checkpoints untouched.
+
+    Raises:
+        OSError: it could not be written, for instance because the disk is full; what was written is removed.
+    """
     final = run / f"checkpoint-{step:08d}"
     partial = final.with_suffix(".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # torch and safetensors have their own errors for a disk that is full
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {run} ({error}); make room there, then go on by the "
+                "same command with --resume"
+            ) from error
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+        (partial / SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in checkpoints_in(run)[:-keep]:
@@ -272,10 +390,10 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, keep: int) -
 
 
 def prepare_run_folder(run: Path, resume: bool) -> Path | None:
-    """Create the run's folder; returns the checkpoint to load, if any.
+    """Create the run's folder; returns the checkpoint to load, if any: the newest that is whole.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is off, or holds none and it is on.
+        ValueError: the folder holds a run and `resume` is off, or holds none and it is on, or all are damaged.
     """
     checkpoints = checkpoints_in(run)
     if resume and not checkpoints:
@@ -283,7 +401,15 @@ def prepare_run_folder(run: Path, resume: bool) -> Path | None:
     if checkpoints and not resume:
         raise ValueError(f"--run-dir {run} already holds {checkpoints[-1].name}; pass --resume or name another folder")
     run.mkdir(parents=True, exist_ok=True)
-    return checkpoints[-1] if resume else None
+    for partial in run.glob("checkpoint-*.partial"):  # of a run that was killed while it wrote
+        shutil.rmtree(partial, ignore_errors=True)
+    for checkpoint in reversed(checkpoints):
+        if (damage := damage_of(checkpoint)) is None:
+            return checkpoint
+        print(f"note: {checkpoint} is damaged ({damage}); going back to the one before", file=sys.stderr)
+    if checkpoints:
+        raise ValueError(f"--resume, but all checkpoints in {run} are damaged; name another --run-dir to start anew")
+    return None
 
 
 # ---------------------------------------------------------------- training
@@ -355,8 +481,15 @@ def run_training(args: argparse.Namespace) -> None:
         # MTP modules whose loss has no weight get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    check_arguments(args, accelerator.num_processes)
+    if args.batch_rows % (accelerator.num_processes * args.accumulation_steps):
+        raise ValueError(
+            f"--batch-rows {args.batch_rows} must be a multiple of processes ({accelerator.num_processes}) times "
+            f"--accumulation-steps ({args.accumulation_steps})"
+        )
     data = PretrainingData(args.data, args.row_tokens, args.batch_rows, parse_mix(args.mix), args.seed)
+    accelerator.print(
+        "languages in a batch: " + ", ".join(f"{name} {rows} rows" for name, rows in data.quotas.items())
+    )
     held_out = load_held_out(args.data, args.row_tokens, args.eval_tokens)
     start_from = prepare_run_folder(args.run_dir, args.resume)
 
@@ -366,6 +499,8 @@ def run_training(args: argparse.Namespace) -> None:
         set_dsa_stage(model, args.dsa_stage, args.row_tokens)
     if precision == "bf16":
         model.set_experts_implementation("grouped_mm")  # autocast then casts all experts at once, not one by one
+    for note in find_surprises(args, model, data.index["vocab_size"]):
+        accelerator.print(f"note: {note}")
     description = describe_run(args, accelerator, model, precision)
     if args.compile:
         for layer in model.model.layers:  # layer by layer: what is alike is compiled once
@@ -398,6 +533,58 @@ def run_training(args: argparse.Namespace) -> None:
         finish(args, state_dict)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def find_surprises(args: argparse.Namespace, model: PreTrainedModel, vocab_size: int) -> list[str]:
+    """What works and is hardly meant: rows of the vocabulary that no text has, a rate that is never reached."""
+    notes = []
+    unused = model.config.vocab_size - vocab_size
+    if unused:
+        matrices = 1 if model.config.tie_word_embeddings else 2
+        notes.append(
+            f"vocab_size is {model.config.vocab_size:,} and the data's tokenizer has {vocab_size:,} tokens: "
+            f"{unused * matrices * model.config.hidden_size:,} parameters are of tokens that cannot occur; "
+            "pretrain.config makes a model for a tokenizer"
+        )
+    if args.steps <= args.warmup_steps:
+        notes.append(
+            f"--steps {args.steps} ends inside the warm-up of {args.warmup_steps} steps, so the rate never reaches "
+            f"{args.learning_rate:g}; give more steps, or fewer --warmup-steps"
+        )
+    elif args.schedule == "wsd" and args.warmup_steps > args.steps * (1 - args.decay_fraction):
+        notes.append(
+            f"the decay begins at step {round(args.steps * (1 - args.decay_fraction))}, inside the warm-up of "
+            f"{args.warmup_steps} steps; give fewer --warmup-steps or a smaller --decay-fraction"
+        )
+    return notes
+
+
+@torch.no_grad()
+def write_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: dict[str, HeldOut], device: torch.device
+) -> dict[str, dict[str, str]]:
+    """By language how a held-out text begins, and what the model goes on with; the run's random state stays as it is."""
+    samples, was_training = {}, model.training
+    model.eval()
+    with torch.random.fork_rng():
+        for language, text in held_out.items():
+            torch.manual_seed(0)
+            prompt = text.windows[:1, :SAMPLE_PROMPT_TOKENS].to(device)
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=SAMPLE_TOKENS,
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.95,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )[0]
+            parts = written[: prompt.shape[1]], written[prompt.shape[1] :]
+            shown = [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+            samples[language] = dict(zip(("begins", "goes_on"), shown, strict=True))
+    model.train(was_training)
+    return samples
 
 
 def describe_run(args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, precision: str) -> dict:
@@ -436,71 +623,86 @@ def train_to_the_end(
     is_main = accelerator.is_main_process
     log = RunLog(args.run_dir, progress.step, args.tensorboard) if is_main else None
     peak_flops = description["peak_flops_per_device"] * accelerator.num_processes
-    bar = tqdm(initial=progress.step, total=progress.total_steps(args.steps), unit="step", disable=not is_main)
     step_tokens = args.batch_rows * args.row_tokens
     micro_rows = args.batch_rows // accelerator.num_processes // args.accumulation_steps
     means, interval_seconds, interval_steps = IntervalMeans(), 0.0, 0
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    writes_samples = args.tokenizer is not None and is_main and not sharded and not args.compile
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if writes_samples else None
     bias_rate = 0.0 if args.dsa_stage == "warmup" else args.router_bias_rate  # only the indexer learns then
     model.train()
-    while progress.step < progress.total_steps(args.steps):
-        started = time.perf_counter()
-        rate = learning_rate(
-            progress.step,
-            progress.total_steps(args.steps),
-            args.learning_rate,
-            args.warmup_steps,
-            args.decay_fraction,
-            args.final_fraction,
-            args.schedule,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = data.batch(progress.step)
-        numbers = train_step(accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows)
-        load = balance_experts(bare_model, bias_rate)
-        means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
-        progress.step += 1
-        seconds = shared_seconds(time.perf_counter() - started, accelerator)
-        progress.seconds += seconds
-        interval_seconds, interval_steps = interval_seconds + seconds, interval_steps + 1
-        if args.max_minutes:
-            progress.keep_deadline(args.steps, args.decay_fraction, args.max_minutes)
-        bar.total = progress.total_steps(args.steps)
-        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
-        bar.update()
+    with tqdm(initial=progress.step, total=progress.total_steps(args.steps), unit="step", disable=not is_main) as bar:
+        while progress.step < progress.total_steps(args.steps):
+            started = time.perf_counter()
+            rate = learning_rate(
+                progress.step,
+                progress.total_steps(args.steps),
+                args.learning_rate,
+                args.warmup_steps,
+                args.decay_fraction,
+                args.final_fraction,
+                args.schedule,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = data.batch(progress.step)
+            numbers = train_step(
+                accelerator, model, optimizer, rows, data.bos_token_id, args.max_grad_norm, micro_rows
+            )
+            load = balance_experts(bare_model, bias_rate)
+            means.add({**numbers, **{f"load/{layer}": ratio for layer, ratio in load.items()}})
+            progress.step += 1
+            seconds = shared_seconds(time.perf_counter() - started, accelerator)
+            progress.seconds += seconds
+            interval_seconds, interval_steps = interval_seconds + seconds, interval_steps + 1
+            if args.max_minutes:
+                progress.keep_deadline(args.steps, args.decay_fraction, args.max_minutes)
+            bar.total = progress.total_steps(args.steps)
+            bar.set_postfix_str(progress_text(numbers, rate, step_tokens / seconds), refresh=False)
+            bar.update()
 
-        ends = progress.step == progress.total_steps(args.steps)
-        evaluates = progress.step % args.eval_every == 0 or ends
-        saves = progress.step % args.checkpoint_every == 0 or ends
-        place = {"step": progress.step, "tokens": progress.step * step_tokens}
-        # Also before a checkpoint: a resumed run starts a new interval there.
-        if progress.step % args.log_every == 0 or saves:
-            tokens_per_second = interval_steps * step_tokens / interval_seconds
-            mfu = tokens_per_second * description["training_flops_per_token"] / peak_flops
-            speed = {"tokens_per_second": round(tokens_per_second), "mfu": round(mfu, 4)}
-            record = {
-                **place,
-                "learning_rate": rate,
-                **_nest_load(mean_over_processes(means.pop(), accelerator)),
-                **speed,
-            }
-            interval_seconds, interval_steps = 0.0, 0
-            if is_main:
-                log.write(record)
-        if evaluates:
-            with accelerator.autocast():
-                bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
-                measured = {"bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)}
-                if bare_model.config.has_indexer:
-                    measured["index_recall"] = index_recall(
-                        bare_model, held_out, data.bos_token_id, RECALL_WINDOWS, accelerator.device
+            ends = progress.step == progress.total_steps(args.steps)
+            evaluates = progress.step % args.eval_every == 0 or ends
+            saves = progress.step % args.checkpoint_every == 0 or ends
+            place = {"step": progress.step, "tokens": progress.step * step_tokens}
+            # Also before a checkpoint: a resumed run starts a new interval there.
+            if progress.step % args.log_every == 0 or saves:
+                tokens_per_second = interval_steps * step_tokens / interval_seconds
+                mfu = tokens_per_second * description["training_flops_per_token"] / peak_flops
+                speed = {"tokens_per_second": round(tokens_per_second), "mfu": round(mfu, 4)}
+                record = {
+                    **place,
+                    "learning_rate": rate,
+                    **_nest_load(mean_over_processes(means.pop(), accelerator)),
+                    **speed,
+                }
+                interval_seconds, interval_steps = 0.0, 0
+                if is_main:
+                    log.write(record)
+            if evaluates:
+                with accelerator.autocast():
+                    bits = evaluate_model(bare_model, held_out, data.bos_token_id, args.eval_rows, accelerator.device)
+                    measured = {"bits_per_byte": bits, "router_bias": router_bias_ranges(bare_model)}
+                    if bare_model.config.has_indexer:
+                        measured["index_recall"] = index_recall(
+                            bare_model, held_out, data.bos_token_id, RECALL_WINDOWS, accelerator.device
+                        )
+                if is_main:
+                    bar.write(
+                        f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items())
                     )
-            if is_main:
-                bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f} bits per byte" for k, v in bits.items()))
-                log.write({**place, **measured})
-        if saves:
-            save_checkpoint(accelerator, args.run_dir, progress.step, args.keep_checkpoints)
-    bar.close()
+                    if tokenizer is not None:
+                        measured["samples"] = write_samples(bare_model, tokenizer, held_out, accelerator.device)
+                    log.write({**place, **measured})
+            if saves:
+                save_checkpoint(accelerator, args.run_dir, progress.step, args.keep_checkpoints)
+
+
+def progress_text(numbers: dict[str, float | None], rate: float, tokens_per_second: float) -> str:
+    """What the bar says of a step: each part of the loss by its name, in nats, the rate and the speed."""
+    names = {"lm_loss": "next token", "mtp_loss": "mtp", "aux_loss": "balance", "index_loss": "indexer"}
+    parts = [f"{label} {numbers[name]:.3f}" for name, label in names.items() if numbers.get(name) is not None]
+    return ", ".join([*parts, f"rate {rate:.1e}", f"{tokens_per_second:,.0f} tokens/s"])
 
 
 def mean_over_processes(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
@@ -523,15 +725,35 @@ def finish(args: argparse.Namespace, state_dict: dict | None) -> None:
     """Write the report with its figures and, if asked, export the model."""
     print(f"report: {write_report(args.run_dir, args.figures_dir)}")
     if args.export_dir:
-        export_checkpoint(state_dict, args.model, args.tokenizer, args.export_dir)
+        export_checkpoint(state_dict, args.model, args.tokenizer, args.export_dir, *card_of(args))
         print(f"exported to {args.export_dir}")
+        print(
+            f"next: python chat.py --model {args.export_dir}, or python -m pretrain.evaluate {args.export_dir} --data {args.data}"
+        )
+    else:
+        print("next: the same command with --resume and --export-dir FOLDER --tokenizer FOLDER writes the model")
+
+
+def card_of(args: argparse.Namespace) -> tuple[str, str]:
+    """Of the exported model's card, the sentence on how it came to be, and what was measured."""
+    records = read_log(args.run_dir / "log.jsonl")
+    last = records[-1]
+    start = "from nothing" if args.start == "random" else f"from the weights of {model_name(args.model)}"
+    what = f"Trained {start} by `pretrain.train`: {last['step']:,} steps, {last['tokens']:,} tokens."
+    bits = next((record["bits_per_byte"] for record in reversed(records) if "bits_per_byte" in record), {})
+    if not bits:
+        return what, ""
+    rows = "".join(f"| {language} | {value:.4f} |\n" for language, value in bits.items())
+    return what, f"| held-out text | bits per byte |\n|---|---|\n{rows}\n"
 
 
 # ---------------------------------------------------------------- command line
 
 
-def parse_mix(text: str) -> dict[str, float]:
-    """Parse `en=0.5,zh=0.5`."""
+def parse_mix(text: str | None) -> dict[str, float] | None:
+    """Parse `en=0.5,zh=0.5`; None stays None."""
+    if text is None:
+        return None
     try:
         return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     except ValueError as error:
@@ -540,17 +762,12 @@ def parse_mix(text: str) -> dict[str, float]:
         ) from error
 
 
-def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for options that cannot work, before anything is built."""
     for name in ("steps", "batch_rows", "row_tokens", "accumulation_steps", "log_every", "eval_every"):
         _require_positive(args, name)
     for name in ("checkpoint_every", "keep_checkpoints", "eval_rows", "warmup_steps"):
         _require_positive(args, name)
-    if args.batch_rows % (num_processes * args.accumulation_steps):
-        raise ValueError(
-            f"--batch-rows {args.batch_rows} must be a multiple of processes ({num_processes}) times "
-            f"--accumulation-steps ({args.accumulation_steps})"
-        )
     for name in ("decay_fraction", "final_fraction"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [0, 1]")
@@ -563,9 +780,18 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> None:
         raise ValueError(f"--peak-tflops is {args.peak_tflops}; it must be positive, or left out to be measured")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package tensorboard; install it, or drop the option")
-    if args.export_dir:
-        if not args.tokenizer:
-            raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
+    if not args.overwrite:
+        remedy = "name another folder, or add --overwrite to replace what lies there"
+        if args.export_dir:
+            files = list(EXPORTED_FILES)
+            if args.tokenizer and args.tokenizer.resolve() != args.export_dir.resolve():
+                files += TOKENIZER_FILES
+            refuse_existing("--export-dir", (args.export_dir / name for name in files), remedy)
+        if args.figures_dir:
+            refuse_existing("--figures-dir", (args.figures_dir / f"{name}.png" for name in DRAWINGS), remedy)
+    if args.export_dir and not args.tokenizer:
+        raise ValueError("--export-dir needs --tokenizer, the folder whose tokenizer the data was made with")
+    if args.tokenizer:
         check_same_tokenizer(args.tokenizer, args.data)
 
 
@@ -574,77 +800,11 @@ def _require_positive(args: argparse.Namespace, name: str) -> None:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
-    files = parser.add_argument_group("files")
-    files.add_argument("--model", type=Path, required=True, help="folder with config.json")
-    files.add_argument(
-        "--start",
-        choices=STARTS,
-        default="random",
-        help="weights to start from: random, or those in --model (default random)",
-    )
-    files.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
-    files.add_argument("--run-dir", type=Path, required=True, help="folder for log and checkpoints")
-    files.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
-    files.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; needed for --export-dir")
-    files.add_argument("--export-dir", type=Path, help="write the final bf16 checkpoint here (default: nowhere)")
-    files.add_argument("--figures-dir", type=Path, help="folder for the PNG files (default RUN_DIR/figures)")
-    batch = parser.add_argument_group("batch")
-    batch.add_argument("--steps", type=int, required=True, help="optimizer steps of the whole run")
-    batch.add_argument(
-        "--max-minutes",
-        type=float,
-        help="let the wsd decay begin early, so that training takes about this many minutes (default: no limit)",
-    )
-    batch.add_argument("--batch-rows", type=int, default=16, help="rows a step over all processes (default 16)")
-    batch.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
-    batch.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
-    batch.add_argument("--mix", default="en=0.5,zh=0.5", help="share of rows by language (default en=0.5,zh=0.5)")
-    batch.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default 0)")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adamw",
-        help="muon: for hidden matrices, AdamW for the rest (default adamw)",
-    )
-    recipe.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak rate (default 1.5e-3)")
-    recipe.add_argument("--schedule", choices=SCHEDULES, default="wsd", help="shape of the rate (default wsd)")
-    recipe.add_argument("--warmup-steps", type=int, default=100, help="steps of linear rise (default 100)")
-    recipe.add_argument("--decay-fraction", type=float, default=0.2, help="share of steps in decay (default 0.2)")
-    recipe.add_argument("--final-fraction", type=float, default=0.02, help="last rate / peak (default 0.02)")
-    recipe.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only (default 0.1)")
-    recipe.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default 1)")
-    recipe.add_argument("--router-bias-rate", type=float, default=1e-3, help="bias step, V3's gamma (default 1e-3)")
-    recipe.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="arithmetic (default auto)"
-    )
-    recipe.add_argument(
-        "--dsa-stage",
-        choices=DSA_STAGES,
-        help="of a model with an indexer: teach only that, under dense attention, or train all under sparse attention",
-    )
-    recipe.add_argument("--compile", action="store_true", help="torch.compile the layers")
-    reports = parser.add_argument_group("reports")
-    reports.add_argument("--tensorboard", action="store_true", help="write RUN_DIR/tensorboard too")
-    reports.add_argument(
-        "--peak-tflops", type=float, help="peak of a device for MFU (default: what a large matrix product reaches)"
-    )
-    reports.add_argument("--log-every", type=int, default=10, help="steps between log records (default 10)")
-    reports.add_argument("--eval-every", type=int, default=250, help="steps between evaluations (default 250)")
-    reports.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens a language (default 32768)")
-    reports.add_argument("--eval-rows", type=int, default=16, help="windows evaluated at once (default 16)")
-    reports.add_argument("--checkpoint-every", type=int, default=250, help="steps between checkpoints (default 250)")
-    reports.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints kept (default 2)")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
+        check_arguments(args)
         run_training(args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -653,4 +813,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

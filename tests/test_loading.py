@@ -157,12 +157,11 @@ def test_fine_tuning_evaluation(hub, tmp_path, capsys):
 
 def test_chat_and_server(hub, monkeypatch):
     hub()
-    loaded = []
-    for module in (chat, serve):
-        monkeypatch.setattr(module, "load", lambda *arguments: loaded.append(loading.load(*arguments)) or loaded[-1])
-    monkeypatch.setattr(chat.Terminal, "run", lambda terminal: None)
+    loaded, load = [], loading.load
+    for module in (loading, serve):
+        monkeypatch.setattr(module, "load", lambda *arguments: loaded.append(load(*arguments)) or loaded[-1])
     monkeypatch.setattr(serve.uvicorn, "run", lambda *arguments, **keywords: None)
-    assert chat.main(["--model", NAME]) == 0
+    assert chat.main(["--model", NAME, "--prompt", "Hi", "--max-new-tokens", "2"]) in (0, chat.CUT)
     assert serve.main(["--model", NAME]) == 0
     assert [is_ours(model) for model, _ in loaded] == [True, True]
 
@@ -196,3 +195,34 @@ def test_publishing_tries_only_this_code(tmp_path, checkpoint):
     assert tried.status == publish.FAILED
     assert "modeling_deepseek.py" in tried.text
     assert not loading.foreign_code(checkpoint("v3"))
+
+
+# ---------------------------------------------------------------- what can be known before loading
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "runs/no/where", "a/b/", "common/nowhere"])
+def test_a_folder_that_does_not_exist_is_not_asked_of_the_hub(name, monkeypatch, capsys):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    monkeypatch.chdir(loading.ROOT)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        loading.load_config(name)
+    for option in ("--model", "--adapter"):
+        assert chat.main([option, name, "--prompt", "Hi"]) == 1
+        assert "loading" not in capsys.readouterr().err
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(NotADirectoryError, match="name the folder"):
+        loading.load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "gpu", "mps:7", "cpus"])
+def test_a_device_that_is_not_here_is_one_line(device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    assert chat.main(["--device", device, "--prompt", "Hi"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: --device is '{device}'")
+    assert "cpu" in error

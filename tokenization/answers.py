@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from common.command import no_command
 from tokenization.plain import PlainEncoder
 
 # (part of the answer, control token) -> the part that follows. All other control tokens are text of the part they are in.
@@ -74,3 +75,7 @@ class AnswerParser:
 
     def _enter(self, part: str) -> None:
         self._part, self._text, self._stream = part, "", DecodeStream(skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    no_command("chat by python chat.py, serve by python serve.py")

@@ -9,6 +9,8 @@ A pre-tokenizer only says where tokens may not cross; it never drops or changes 
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
+from common.command import no_command
+
 # Letters with upper and lower case (Latin, Greek, Cyrillic, Georgian, ...), as listed in DeepSeek LLM's tokenizer.json.
 _CASED_LETTERS = (
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
@@ -60,3 +62,7 @@ def build_chain(name: str) -> PreTokenizer:
     if name == "llm":
         steps.append(Digits(individual_digits=True))
     return Sequence([*steps, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+if __name__ == "__main__":
+    no_command("train a tokenizer by python -m tokenization.train_bpe")

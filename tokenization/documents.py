@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command import no_command
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
 
 
@@ -154,3 +156,7 @@ def check_fraction(fraction: float) -> None:
     """Raise ValueError unless `fraction` is in [0, 1)."""
     if not 0.0 <= fraction < 1.0:
         raise ValueError(f"--held-out-fraction is {fraction}; it must be in [0, 1), for example 0.01")
+
+
+if __name__ == "__main__":
+    no_command("train a tokenizer by python -m tokenization.train_bpe")

@@ -22,7 +22,27 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tokenization.extend", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with tokenizer.json")
+    parser.add_argument("--text", nargs="+", type=Path, required=True, help=".jsonl or .txt files, optionally .gz")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--new-tokens", type=int, default=1000, help="merges to learn (default 1000)")
+    parser.add_argument("--max-token-length", type=int, default=16, help="longest new token, in bytes (default 16)")
+    parser.add_argument("--control-tokens", nargs="*", default=[], metavar="TOKEN", help="tokens to add by name")
+    parser.add_argument(
+        "--multiple-of", type=int, default=1, help="round the vocabulary's rows up to this (default 1)"
+    )
+    parser.add_argument("--text-field", default="text", help="key of the text in .jsonl files (default text)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -30,6 +50,7 @@ with extra("train"):
     from tokenizers.models import BPE
     from tqdm import tqdm
 
+    from common.card import model_name
     from tokenization.documents import check_paths, read_documents
     from tools.add_remote_code import read_config
     from tools.convert import refuse_existing, tensor_files, write_checkpoint
@@ -239,8 +260,12 @@ def extend_checkpoint(
 
     partial = output.with_name(f".{output.name}.{os.getpid()}.extended")
     try:
+        what = (
+            f"{model_name(source)} with {len(replaced)} more tokens, whose rows are means of the old ones and untrained "
+            "(`tokenization.extend`)."
+        )
         shards = tensor_files(source, ["embed_tokens.weight"])
-        write_checkpoint(source, partial, {**config, "vocab_size": num_rows}, shards, change)
+        write_checkpoint(source, partial, {**config, "vocab_size": num_rows}, shards, change, what, output.name)
         tokenizer.save(str(partial / "tokenizer.json"))
         os.rename(partial, output)
     finally:
@@ -249,22 +274,6 @@ def extend_checkpoint(
 
 
 # ---------------------------------------------------------------- command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tokenization.extend", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with tokenizer.json")
-    parser.add_argument("--text", nargs="+", type=Path, required=True, help=".jsonl or .txt files, optionally .gz")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--new-tokens", type=int, default=1000, help="merges to learn (default 1000)")
-    parser.add_argument("--max-token-length", type=int, default=16, help="longest new token, in bytes (default 16)")
-    parser.add_argument("--control-tokens", nargs="*", default=[], metavar="TOKEN", help="tokens to add by name")
-    parser.add_argument(
-        "--multiple-of", type=int, default=1, help="round the vocabulary's rows up to this (default 1)"
-    )
-    parser.add_argument("--text-field", default="text", help="key of the text in .jsonl files (default text)")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -290,8 +299,11 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"the text has {characters / before:.2f} characters a token with the old, {characters / after:.2f} with the new"
     )
+    print(
+        f"next: train the new rows, by python -m finetune.sft --model {args.out} --method full --data FILE --output RUN"
+    )
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

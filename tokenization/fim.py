@@ -12,6 +12,7 @@ import hashlib
 import random
 from typing import NamedTuple
 
+from common.command import no_command
 from tokenization.plain import PlainEncoder
 
 BEGIN, HOLE, END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
@@ -77,3 +78,7 @@ def check_rates(rate: float, spm_share: float) -> None:
     for name, value in (("--fim-rate", rate), ("--fim-spm-share", spm_share)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value}; it must be in [0, 1], for example 0.1")
+
+
+if __name__ == "__main__":
+    no_command("train a tokenizer by python -m tokenization.train_bpe")

@@ -9,6 +9,8 @@ import itertools
 
 from transformers import PreTrainedTokenizerBase
 
+from common.command import no_command
+
 
 class PlainEncoder:
     """Encodes texts with a tokenizer's ordinary tokens only.
@@ -70,3 +72,7 @@ def check_unicode(text: str, name: str = "text") -> None:
             f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no UTF-8 "
             "text can hold; decode the source with errors='replace'"
         ) from error
+
+
+if __name__ == "__main__":
+    no_command("train a tokenizer by python -m tokenization.train_bpe")

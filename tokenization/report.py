@@ -13,7 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+from common.command import run_command
 from common.extras import extra
+from common.outputs import refuse_existing
 
 with extra("train"):
     from tokenizers import Tokenizer
@@ -188,13 +190,14 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         check_fraction(args.held_out_fraction)
+        refuse_existing("--output", (args.output / f"report.{suffix}" for suffix in ("md", "json", "png")))
         files = {group[0]: [Path(name) for name in group[1:]] for group in args.files}
         if len(files) < len(args.files) or not all(files.values()):
             raise ValueError("--files wants a language name and at least one file, each language once")
         check_paths([path for paths in files.values() for path in paths])
         tokenizers = load_tokenizers(args.tokenizers)
         report = measure(tokenizers, files, args.held_out_fraction, args.max_bytes, args.text_field)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
@@ -207,4 +210,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from common.command import no_command
 from tokenization.plain import PlainEncoder, check_unicode
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -187,3 +188,7 @@ def _listed(values: object, name: str) -> Iterator[tuple[int, object]]:
     if not isinstance(values, list):
         raise ValueError(f"{name} is of type {type(values).__name__}; it must be a list")
     return enumerate(values)
+
+
+if __name__ == "__main__":
+    no_command("chat by python chat.py, serve by python serve.py")

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common.command import run_command
 from common.extras import extra
+from common.outputs import refuse_existing
 
 with extra("train"):
     from tokenizers import AddedToken, Tokenizer
@@ -54,6 +56,8 @@ SPECIAL_ADDED_TOKENS = frozenset({"<|EOT|>"})
 
 # bos, eos, pad and 256 bytes come before the first merge; the added tokens after the last.
 MIN_VOCAB_SIZE = 3 + 256 + len(ADDED_TOKENS)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # The same file that stands beside the checkpoint in the root.
 CHAT_TEMPLATE = (Path(__file__).resolve().parents[1] / "chat_template.jinja").read_text(encoding="utf-8")
@@ -148,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
     parser = argparse.ArgumentParser(prog="python -m tokenization.train_bpe", description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl or .txt files, optionally .gz")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer files; must hold none")
     parser.add_argument(
         "--vocab-size", type=int, default=8192, help="tokens in all, added ones included (default 8192)"
     )
@@ -171,17 +175,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
+        _check_options(args.vocab_size, args.max_token_length)
+        refuse_existing("--output", (args.output / name for name in TOKENIZER_FILES))
         check_fraction(args.held_out_fraction)
         check_paths(args.files)
         documents = training_documents(args.files, args.text_field, args.held_out_fraction)
         tokenizer = train_tokenizer(documents, args.vocab_size, args.chain, args.max_token_length)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     save_tokenizer(tokenizer, args.output, args.model_max_length)
     print(f"{tokenizer.get_vocab_size()} tokens written to {args.output}")
+    print(f"next: python -m pretrain.data --tokenizer {args.output} --files LANGUAGE FILE ... --output DATA")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

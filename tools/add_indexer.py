@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from common.card import model_name
+from common.command import run_command
 from configuration_deepseek import FAMILY_DEFAULTS
 from tools.add_remote_code import read_config
 from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
@@ -81,8 +83,9 @@ def add_indexer(source: Path, output: Path, sizes: dict[str, int], seed: int = 0
         yield f"{indexer}.k_norm.weight", torch.ones(width)
         yield f"{indexer}.k_norm.bias", torch.zeros(width)
 
+    what = f"{model_name(source)} with a lightning indexer in each layer, which is untrained (`tools.add_indexer`)."
     required = [f"layers.{i}.self_attn.q_a_proj.weight" for i in range(resolved.num_hidden_layers)]
-    write_checkpoint(source, output, config, tensor_files(source, required), change)
+    write_checkpoint(source, output, config, tensor_files(source, required), change, what)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,4 +119,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,14 +1,14 @@
 """What the tools that rewrite a checkpoint share: a new folder with changed weights, the old one read tensor by tensor.
 
 The new folder appears whole or not at all: it is written beside its place under another name and then renamed. Memory
-holds one shard at a time. Everything that is no weight (tokenizer, generation settings, licence) is copied as it is,
-and the model code is added, as `tools/add_remote_code.py` does.
+holds one shard at a time. What else belongs to a checkpoint (common/checkpoint_files.py: tokenizer, generation settings,
+licence) is copied as it is; the model code is added, as `tools/add_remote_code.py` does, and a card is written.
 """
 
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,20 +17,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from common.card import write_card
+from common.checkpoint_files import LICENCE, TOKENIZER, belonging
+from common.command import no_command
 from configuration_deepseek import DeepseekConfig
 from loading_deepseek import CheckpointFiles
 from tools.add_remote_code import AUTO_MAP, code_files, write_json
-
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-)
 
 # A tensor's name and value -> the tensors to store in its place, itself included where it stays.
 Change = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
@@ -82,12 +74,22 @@ def dtype_beside(tensor: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
 
 
-def write_checkpoint(source: Path, output: Path, config: dict, shard_of: dict[str, str], change: Change):
+def write_checkpoint(
+    source: Path,
+    output: Path,
+    config: dict,
+    shard_of: dict[str, str],
+    change: Change,
+    what: str,
+    name: str | None = None,
+):
     """Writes the folder `output`: `source` with other weights, another config.json and this repository's code.
 
     Args:
         config: the new config.json; `auto_map` is set here.
         shard_of: from `tensor_files`. Shards keep their names; what replaces a tensor stays in its shard.
+        what: a sentence for the card on how the model came to be.
+        name: of the model in the card (default: the folder's).
 
     Raises:
         ValueError: `output` exists.
@@ -98,11 +100,13 @@ def write_checkpoint(source: Path, output: Path, config: dict, shard_of: dict[st
     staging.mkdir()
     try:
         _write_weights(source, staging, shard_of, change)
-        for file in _other_files(source):
-            shutil.copy2(file, staging / file.name)
+        for path in belonging(source, ("generation_config.json", "tokenizer_config.json", *TOKENIZER, *LICENCE)):
+            (staging / path).parent.mkdir(exist_ok=True)
+            shutil.copy2(source / path, staging / path)
         for file in code_files():
             shutil.copy2(file, staging / file.name)
         write_json(staging / "config.json", {**config, "auto_map": AUTO_MAP})
+        write_card(staging, what, source, name or output.name)
         refuse_existing(output)
         os.rename(staging, output)
     except BaseException:
@@ -129,8 +133,5 @@ def _write_weights(source: Path, folder: Path, shard_of: dict[str, str], change:
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
 
-def _other_files(source: Path) -> Iterator[Path]:
-    """The files directly in a checkpoint folder that are neither weights nor config.json."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
-            yield path
+if __name__ == "__main__":
+    no_command("convert by python -m tools.add_indexer, .upcycle_nsa or .to_gguf")

@@ -34,7 +34,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from common.command import run_command
 from common.extras import extra
+from common.outputs import refuse_existing
 
 with extra("evaluate"):
     from rich import box
@@ -412,6 +414,8 @@ def run(args: argparse.Namespace) -> dict:
         ValueError, OSError, ImportError: something given is wrong or missing.
     """
     check(args)
+    if args.output is not None:
+        refuse_existing("--output", [args.output])
     import torch
     import transformers
 
@@ -482,4 +486,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

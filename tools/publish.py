@@ -5,6 +5,7 @@
     python -m tools.publish runs/my-adapter --repo-id me/my-adapter --base-model me/my-deepseek --base-folder path/to/model
 
 Each check is a line: passed, a warning, or failed and what to do about it; what failed keeps the upload from beginning.
+Sent is what belongs to a checkpoint (common/checkpoint_files.py), in a git work tree also what git tracks; the rest is named.
 The files that would be uploaded are laid out in a folder of their own first, and it is that folder which is checked,
 loaded by a new process with an empty code cache (`tools/try_loading.py`), and sent.
 
@@ -24,7 +25,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +33,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.publish", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="a model's folder, or a PEFT adapter's")
+    parser.add_argument("--repo-id", help="where to, OWNER/NAME; needed unless --dry-run")
+    parser.add_argument(
+        "--revision", default="main", help="branch to commit to, made if it is not there (default main)"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="check and show; write and send nothing")
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="files to leave out, as in 'runs/*'"
+    )
+    parser.add_argument(
+        "--include", nargs="+", default=[], metavar="PATTERN", help="files to take that are no part of a checkpoint"
+    )
+    parser.add_argument(
+        "--delete-others", action="store_true", help="delete what the repository has and the folder has not"
+    )
+    parser.add_argument("--no-generate", action="store_true", help="do not load weights (larger than this machine)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="try the folder even if code in it is not this repository's, which then runs",
+    )
+    parser.add_argument("--base-folder", type=Path, help="of an adapter: local folder of the base model, to try it on")
+
+    card = parser.add_argument_group("card", "written into README.md; what is not given stays as it is")
+    card.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="measurements, JSON")
+    card.add_argument("--license", help="identifier on the Hub, as apache-2.0")
+    card.add_argument("--language", nargs="+", help="ISO codes, as en zh")
+    card.add_argument("--pipeline-tag", help="as text-generation")
+    card.add_argument("--tag", nargs="+", help="tags to add")
+    card.add_argument("--base-model", help="name on the Hub of the model that this one comes from")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("publish"):
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard
@@ -44,6 +84,7 @@ with extra("publish"):
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
+    from common.checkpoint_files import belonging
     from common.loading import foreign_code
 
 PASSED, WARNING, FAILED = "passed", "warning", "FAILED"
@@ -86,28 +127,57 @@ class Entry(NamedTuple):
 # ---------------------------------------------------------------- what is uploaded
 
 
-def list_files(folder: Path, exclude: list[str]) -> list[str]:
-    """The folder's files relative to it: in a git work tree those that git tracks or would add, else all of them.
+def list_files(folder: Path, exclude: list[str], include: list[str] = ()) -> list[str]:
+    """The folder's files relative to it that belong to a checkpoint; in a git work tree also those that git tracks.
+
+    Args:
+        exclude: patterns of files to leave out.
+        include: patterns of other files to take, as pictures of the card.
 
     Raises:
         ValueError: there is no such folder, or nothing is left of it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name a model's or an adapter's.")
-    if (folder / ".git").exists():
-        command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
-        paths = [path for path in listed if path and (folder / path).is_file()]
-    else:
-        paths = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    kept = [
-        path
-        for path in sorted(set(paths))
-        if path.partition("/")[0] not in NEVER_SENT and not any(fnmatch.fnmatch(path, pattern) for pattern in exclude)
-    ]
+    taken = {*belonging(folder), *_tracked(folder)}
+    kept = [path for path in all_files(folder) if path in taken or _matches(path, include)]
+    kept = [path for path in kept if not _matches(path, exclude)]
     if not kept:
         raise ValueError(f"{folder} has no files to upload; --exclude is {exclude}.")
     return kept
+
+
+def all_files(folder: Path) -> list[str]:
+    """All files of the folder, relative to it; in a git work tree without those that git ignores."""
+    if (folder / ".git").exists():
+        paths = _git_files(folder, "--cached", "--others", "--exclude-standard")
+    else:
+        paths = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return [path for path in sorted(set(paths)) if path.partition("/")[0] not in NEVER_SENT]
+
+
+def _tracked(folder: Path) -> list[str]:
+    return _git_files(folder, "--cached") if (folder / ".git").exists() else []
+
+
+def _git_files(folder: Path, *which: str) -> list[str]:
+    command = ["git", "-C", str(folder), "ls-files", "-z", *which]
+    listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
+    return [path for path in listed if path and (folder / path).is_file()]
+
+
+def _matches(path: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+
+def check_left_out(folder: Path, paths: list[str], exclude: list[str]) -> Check:
+    """What lies in the folder and is not sent, though nobody said so."""
+    left = [path for path in all_files(folder) if path not in paths and not _matches(path, exclude)]
+    if left:
+        return Check(
+            "left out", WARNING, f"{_some(left)}: no part of a checkpoint; --include PATTERN takes such files"
+        )
+    return Check("left out", PASSED, "nothing: all files belong to the checkpoint")
 
 
 @contextmanager
@@ -663,7 +733,7 @@ def show_files(console: Console, entries: list[Entry]):
     table = Table(box=box.SIMPLE, caption=f"{len(entries)} files, {sum(entry.bytes for entry in entries):,} bytes")
     table.add_column("file", overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("sha256", no_wrap=True)
+    table.add_column("sha256", overflow="fold")
     for entry in entries:
         table.add_row(entry.path, f"{entry.bytes:,}", entry.sha256)
     console.print(table)
@@ -697,39 +767,6 @@ def _short(value: object, limit: int = 60) -> str:
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.publish", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="a model's folder, or a PEFT adapter's")
-    parser.add_argument("--repo-id", help="where to, OWNER/NAME; needed unless --dry-run")
-    parser.add_argument(
-        "--revision", default="main", help="branch to commit to, made if it is not there (default main)"
-    )
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--dry-run", action="store_true", help="check and show; write and send nothing")
-    parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="PATTERN", help="files to leave out, as in 'runs/*'"
-    )
-    parser.add_argument(
-        "--delete-others", action="store_true", help="delete what the repository has and the folder has not"
-    )
-    parser.add_argument("--no-generate", action="store_true", help="do not load weights (larger than this machine)")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="try the folder even if code in it is not this repository's, which then runs",
-    )
-    parser.add_argument("--base-folder", type=Path, help="of an adapter: local folder of the base model, to try it on")
-
-    card = parser.add_argument_group("card", "written into README.md; what is not given stays as it is")
-    card.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="measurements, JSON")
-    card.add_argument("--license", help="identifier on the Hub, as apache-2.0")
-    card.add_argument("--language", nargs="+", help="ISO codes, as en zh")
-    card.add_argument("--pipeline-tag", help="as text-generation")
-    card.add_argument("--tag", nargs="+", help="tags to add")
-    card.add_argument("--base-model", help="name on the Hub of the model that this one comes from")
-    return parser
-
-
 def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
     """Does what the command line says -> exit code: 0, or 1 if a check failed.
 
@@ -738,10 +775,10 @@ def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
     """
     if args.repo_id is None and not args.dry_run:
         raise ValueError("--repo-id is not given; name the repository OWNER/NAME, or ask for --dry-run.")
-    paths = list_files(args.folder, args.exclude)
+    paths = list_files(args.folder, args.exclude, args.include)
     changed = changed_files(args.folder, args)
     with laid_out(args.folder, paths, changed) as root:
-        checks = check_folder(root)
+        checks = [check_left_out(args.folder, paths, args.exclude), *check_folder(root)]
         checks += check_loading(root, args.base_folder, not args.no_generate, args.trust_remote_code)
         show_checks(console, checks)
         entries = manifest(root)
@@ -772,7 +809,7 @@ def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
 def main(argv: list[str] | None = None, api: HfApi | None = None) -> int:
     """Runs the command line; returns 0, 1 where a check failed, or 2 where something given is wrong."""
     args = build_parser().parse_args(argv)
-    console = Console(width=max(130, shutil.get_terminal_size().columns))
+    console = Console(width=None if sys.stdout.isatty() else 130)
     try:
         return run(args, console, HfApi() if api is None else api)
     except (ValueError, OSError, RuntimeError, HfHubHTTPError) as error:
@@ -782,4 +819,4 @@ def main(argv: list[str] | None = None, api: HfApi | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

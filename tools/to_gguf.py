@@ -18,6 +18,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from common.command import run_command
+from common.outputs import refuse_existing
 from tokenization.chains import build_chain
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -42,6 +44,7 @@ def convert(folder: Path, output: Path, llama_cpp: Path, options: list[str]):
     Raises:
         ValueError: `llama_cpp` holds no converter, or an old one that cannot be told what it asks.
     """
+    refuse_existing("OUTPUT", [output])
     script = llama_cpp / SCRIPT
     if not script.is_file() or not (llama_cpp / "conversion" / "deepseek.py").is_file():
         raise ValueError(
@@ -79,4 +82,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from common.card import model_name
+from common.command import run_command
 from configuration_deepseek import FAMILY_DEFAULTS
 from tools.add_remote_code import read_config
 from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
@@ -102,8 +104,9 @@ def upcycle(source: Path, output: Path, sizes: dict[str, int], seed: int = 0):
             yield up_name, new_matrix(up_name, up_shape, resolved.initializer_range, seed, dtype)
             yield f"{compressor}.down_proj.weight", torch.zeros(width, 2 * width, dtype=dtype)
 
+    what = f"{model_name(source)} with native sparse attention, not yet trained with it (`tools.upcycle_nsa`)."
     required = [f"layers.{i}.self_attn.{x}_proj.weight" for i in range(resolved.num_hidden_layers) for x in "qkvo"]
-    write_checkpoint(source, output, config, tensor_files(source, required), change)
+    write_checkpoint(source, output, config, tensor_files(source, required), change, what)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,4 +153,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

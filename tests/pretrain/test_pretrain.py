@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from tiny_corpus import TEXTS, VOCAB_SIZE, write_workspace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pretrain import evaluate, train
+from pretrain import evaluate, plot, train
 from pretrain.data import IGNORED_LABEL, HeldOut, PretrainingData, batch_of, build_dataset, load_held_out, row_quotas
 from tokenization.documents import is_held_out
+from tools import publish
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +259,11 @@ def test_muon_learns_more_than_adamw_in_as_many_steps(workspace, checkpoint, tmp
 
 def _check_export(export_dir, model_dir):
     names = {path.name for path in export_dir.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"} <= names
+    assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    card = (export_dir / "README.md").read_text()
+    assert "6 steps, 768 tokens" in card
+    assert "| zh | " in card
+    assert [check.name for check in publish.check_card(export_dir, False) if "library" in check.text] == []
     assert not [name for name in names if name.startswith(".export")]
     assert AutoConfig.from_pretrained(export_dir, trust_remote_code=True).vocab_size == VOCAB_SIZE
     assert (export_dir / "config.json").read_bytes() == (model_dir / "config.json").read_bytes()
@@ -323,3 +329,93 @@ def test_compiled_layers_train_alike(workspace, checkpoint, tmp_path, family):
 def test_small_vocabulary_is_refused(workspace, checkpoint):
     with pytest.raises(ValueError, match=r"vocab_size is 128 .* set vocab_size to at least 320"):
         train.build_model(checkpoint("v3"), VOCAB_SIZE)
+
+
+# ---------------------------------------------------------------- what a user should know
+
+
+def test_surprises_are_said(workspace, checkpoint, tmp_path, capsys):
+    model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE + 7)
+    assert _train(workspace, model_dir, tmp_path / "run", "--steps", 2) == 0
+    shown = capsys.readouterr().out
+    assert f"vocab_size is {VOCAB_SIZE + 7} and the data's tokenizer has {VOCAB_SIZE} tokens: 448 parameters" in shown
+    assert "--steps 2 ends inside the warm-up of 2 steps" in shown
+    assert "en 2 rows, zh 2 rows" in shown
+    assert "next: " in shown
+
+
+def test_the_bar_names_its_numbers():
+    text = train.progress_text({"loss": 9.0, "lm_loss": 3.21, "mtp_loss": 5.0, "aux_loss": None}, 1e-3, 12345.6)
+    assert text == "next token 3.210, mtp 5.000, rate 1.0e-03, 12,346 tokens/s"
+
+
+def test_one_language_whatever_its_name(workspace, checkpoint, tmp_path):
+    """Samples of it are in log and report."""
+    files = {"fr": [workspace / "en.jsonl"]}
+    build_dataset(files, workspace / "tokenizer", tmp_path / "data", 0.2, min_held_out_bytes=1)
+    model_dir, run = checkpoint("v3", vocab_size=VOCAB_SIZE), tmp_path / "run"
+    assert _train(workspace, model_dir, run, "--steps", 3, "--data", tmp_path / "data") == 0
+    sample = [record for record in _records(run) if "samples" in record][-1]["samples"]["fr"]
+    assert sample["begins"].startswith("Number")
+    assert sample["goes_on"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Samples after 3 steps" in page
+    assert sample["begins"] in page
+
+
+# ---------------------------------------------------------------- full disks and damaged files
+
+
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(workspace, checkpoint, tmp_path, monkeypatch, capsys):
+    from accelerate import Accelerator
+
+    model_dir, run = checkpoint("v3", vocab_size=VOCAB_SIZE), tmp_path / "run"
+    save = Accelerator.save_state
+
+    def fill_disk(self, folder):
+        if "00000004" in folder:
+            Path(folder).mkdir()
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise errors.pop()
+        return save(self, folder)
+
+    monkeypatch.setattr(Accelerator, "save_state", fill_disk)
+    errors = [OSError(28, "No space left on device")]
+    assert _train(workspace, model_dir, run, "--steps", 6) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left" in error
+    assert "--resume" in error
+    assert [path.name for path in run.glob("checkpoint*")] == ["checkpoint-00000002"]
+    errors = [RuntimeError("PytorchStreamWriter failed writing file")]
+    assert _train(workspace, model_dir, run, "--steps", 6, "--resume") == 2
+    assert "PytorchStreamWriter" in capsys.readouterr().err
+    monkeypatch.undo()
+    (run / "checkpoint-00000006.partial").mkdir()  # of a kill
+    assert _train(workspace, model_dir, run, "--steps", 6, "--resume") == 0
+    assert not list(run.glob("*.partial"))
+
+
+def test_damaged_files_do_not_block_resuming(workspace, checkpoint, tmp_path, capsys):
+    """A cut last line of the log, a cut newest checkpoint: said, and the run becomes what it would have been."""
+    model_dir, run = checkpoint("v3", vocab_size=VOCAB_SIZE), tmp_path / "run"
+    assert _train(workspace, model_dir, run, "--steps", 4) == 0
+    reference = _records(run)
+    log, weights = run / "log.jsonl", run / "checkpoint-00000004" / "model.safetensors"
+    log.write_bytes(log.read_bytes()[:-20])
+    weights.write_bytes(weights.read_bytes()[:-100])
+    capsys.readouterr()
+    assert _train(workspace, model_dir, run, "--steps", 4, "--resume") == 0
+    notes = capsys.readouterr().err
+    assert f"the last line of {log} is cut" in notes
+    assert "checkpoint-00000004 is damaged (model.safetensors has" in notes
+    assert _records(run) == reference
+    for checkpoint_dir in train.checkpoints_in(run):
+        (checkpoint_dir / "optimizer.bin").unlink()
+    assert _train(workspace, model_dir, run, "--steps", 8, "--resume") == 2
+    assert f"all checkpoints in {run} are damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_line_in_a_log_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl line 2 is not JSON"):
+        plot.read_log(tmp_path / "log.jsonl")

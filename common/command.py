@@ -1,0 +1,50 @@
+"""What all command lines have in common: how they end.
+
+if __name__ == "__main__":
+    run(main)
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+INTERRUPTED = 130  # exit codes as shells give them: 128 + the signal's number
+READER_GONE = 141
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """End the process with what `main` returns; Ctrl-C, and a reader of the output that is gone, are no tracebacks."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, else the interpreter complains about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = READER_GONE
+    sys.exit(code)
+
+
+def check_early(name: str, check: Callable[[], object]) -> None:
+    """Answer --help and wrong options of a command before what follows is imported, since torch takes seconds.
+
+    Args:
+        name: `__name__` of the module; where it is not run as a command, nothing happens.
+        check: reads the command line; raises for what it does not understand.
+    """
+    if name != "__main__":
+        return
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def no_command(instead: str) -> NoReturn:
+    """For `python -m` of a module that is none of the commands: say which is meant, rather than do nothing."""
+    print(f"error: this module is no command; {instead}", file=sys.stderr)
+    sys.exit(2)
