@@ -16,6 +16,7 @@ from finetune import evaluate as finetune_evaluate, merge, models
 from finetune.data import write_jsonl
 from finetune.lora import add_lora
 from pretrain import train
+from serving.app import Service
 from tools import evaluate, publish
 
 NAME = "deepseek-ai/DeepSeek-Tiny"
@@ -158,12 +159,12 @@ def test_fine_tuning_evaluation(hub, tmp_path, capsys):
 def test_chat_and_server(hub, monkeypatch):
     hub()
     loaded = []
-    for module in (chat, serve):
-        monkeypatch.setattr(module, "load", lambda *arguments: loaded.append(loading.load(*arguments)) or loaded[-1])
+    load = loading.load
+    for module in (chat, loading):
+        monkeypatch.setattr(module, "load", lambda *arguments: loaded.append(load(*arguments)) or loaded[-1])
     monkeypatch.setattr(chat.Terminal, "run", lambda terminal: None)
-    monkeypatch.setattr(serve.uvicorn, "run", lambda *arguments, **keywords: None)
     assert chat.main(["--model", NAME]) == 0
-    assert serve.main(["--model", NAME]) == 0
+    serve.load_into(Service(), serve.parse_arguments(["--model", NAME]))
     assert [is_ours(model) for model, _ in loaded] == [True, True]
 
 

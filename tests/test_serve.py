@@ -1,4 +1,4 @@
-"""The server: transformers' handlers around one model, with the `openai` client and with hostile requests."""
+"""The server, with the `openai` client and with hostile requests."""
 
 import itertools
 import json
@@ -21,7 +21,9 @@ from tiny import make_model
 from tiny_chat import VOCAB_SIZE, add_tokenizer
 from transformers import AutoTokenizer, ContinuousBatchingConfig
 
-import serve
+import serving.app
+from serving.app import Service
+from serving.protocol import CHAT_FIELDS
 from tokenization.plain import PlainEncoder
 from tokenization.safe_chat import encode_chat
 
@@ -39,15 +41,18 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(add_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def _start(tokenizer, continuous_batching=None, **overrides):
+def _start(tokenizer, continuous_batching=None, service=None, **overrides):
     """A server in this process -> (model, client, function that stops it)."""
+    service = service or Service()
     model = make_model("v3", vocab_size=VOCAB_SIZE, **overrides)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.do_sample = False
     port = free_port()
-    app = serve.build_app(model, tokenizer, continuous_batching=continuous_batching)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    service.attach(model, tokenizer, continuous_batching)
+    server = uvicorn.Server(
+        uvicorn.Config(service.app(), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=2)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -128,8 +133,8 @@ def test_continuous_batching(batching, tokenizer):
     attention = model.config._attn_implementation
     assert answers == [expected_answer(model, tokenizer, text) for text in texts]
     assert attention == "sdpa"
-    with pytest.raises(openai.BadRequestError, match="temperature"):
-        ask(client, "Hello", temperature=0.5)
+    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
+        ask(client, "Hello", presence_penalty=0.5)
 
 
 def test_completions(served, tokenizer):
@@ -199,7 +204,9 @@ def test_no_text_of_a_prompt_is_the_models_answer(chat, thinking, new_tokens, wo
     """Streamed or not, an answer is what was generated: neither a tool's text nor an earlier call comes back."""
     model, client = wordy
     messages, tools = HOSTILE_CHATS[chat], [HOSTILE_TOOL]
-    encoded = encode_chat(tokenizer, messages, tools=tools, thinking=thinking, add_generation_prompt=True)
+    continued = messages[-1]["role"] == "assistant"
+    ends = {"add_generation_prompt": not continued, "continue_final_message": continued}
+    encoded = encode_chat(tokenizer, messages, tools=tools, thinking=thinking, **ends)
     ids = torch.tensor([encoded["input_ids"]])
     generated = model.generate(ids, do_sample=False, max_new_tokens=new_tokens)[0, ids.shape[1] :].tolist()
     assert not set(generated) & set(tokenizer.added_tokens_decoder), "the test's model writes a control token"
@@ -386,7 +393,10 @@ def test_an_error_in_a_stream_is_one_event(served, monkeypatch):
 
     monkeypatch.setattr(model, "generate", fail)
     with client.chat.completions.with_streaming_response.create(**GOOD, stream=True) as response:
-        assert json.loads(list(response.iter_lines())[-2].removeprefix("data: ")) == {"error": message}
+        *_, event, _, done, _ = response.iter_lines()
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert error == {"message": message, "type": "server_error", "param": None, "code": None}
+    assert done == "data: [DONE]"
 
 
 # ---------------------------------------------------------------- hostile requests
@@ -443,7 +453,7 @@ def changed(**fields) -> bytes:
         (changed(max_tokens=0), "max_tokens"),
         (changed(max_tokens=10**30), "max_tokens"),
         (changed(max_tokens=True), "max_tokens"),
-        (changed(stop=[]), "stop"),
+        (changed(stop=[""]), "stop"),
         (changed(stop=["x" * 10_000]), "stop"),
         (changed(stop="\ud800"), "stop"),
         (changed(stop=[[]]), "stop"),
@@ -468,7 +478,11 @@ def test_malformed_requests_are_refused_and_the_next_works(served, content, name
     assert post(client, changed())[0] == 200
 
 
-@pytest.mark.parametrize("prompt", ["\ud800", "", ["a"], None, 3, {}], ids=repr)
+@pytest.mark.parametrize(
+    "prompt",
+    ["\ud800", "", [], [[]], ["a", ""], ["a", 1], [-1], [10**9], [[1], ["a"]], ["a"] * 300, None, 3, {}],
+    ids=lambda value: repr(value)[:20],
+)
 def test_malformed_prompts_are_refused(served, prompt):
     _, client = served
     status, answer = post(client, json.dumps({"model": "deepseek", "prompt": prompt}).encode(), "completions")
@@ -489,7 +503,7 @@ def test_sampling_with_numbers_as_small_as_there_are(served, field, value):
 
 def test_a_request_of_any_size_is_cut_off(served, monkeypatch):
     _, client = served
-    monkeypatch.setattr(serve, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(serving.app, "MAX_BODY_BYTES", 1000)
     assert post(client, changed(user="x" * 2000))[0] == 413
     assert post(client, changed())[0] == 200
 
@@ -513,7 +527,7 @@ _message = st.dictionaries(
 
 
 @given(
-    fields=st.dictionaries(st.sampled_from(sorted(serve.CHAT_FIELDS)), _junk, max_size=3),
+    fields=st.dictionaries(st.sampled_from(sorted(CHAT_FIELDS)), _junk, max_size=3),
     messages=st.lists(_message, max_size=3) | _junk,
 )
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -527,7 +541,7 @@ def test_random_requests(served, fields, messages):
 
 # ---------------------------------------------------------------- one request and the others
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def connect(client, data: bytes) -> socket.socket:
@@ -560,7 +574,7 @@ def test_slow_clients_hold_up_nobody_and_are_let_go(served, monkeypatch):
     _, client = served
     slow = [connect(client, HEAD + b"Content-Length: 100\r\n\r\n{") for _ in range(40)]
     assert post(client, changed())[0] == 200
-    monkeypatch.setattr(serve, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(serving.app, "BODY_SECONDS", 0.1)
     with connect(client, HEAD + b"Content-Length: 100\r\n\r\n{") as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
     for connection in slow:
@@ -578,14 +592,14 @@ def test_clients_that_go_away_leave_no_error(served, caplog):
 
 def test_a_text_that_takes_long_to_encode_holds_up_nobody(served, monkeypatch):
     _, client = served
-    done, real = threading.Event(), serve.encode_chat
+    done, real = threading.Event(), serving.app.encode_chat
 
     def slow(tokenizer, messages, **more):
         if messages[0]["content"] == "slow":
             assert done.wait(60)
         return real(tokenizer, messages, **more)
 
-    monkeypatch.setattr(serve, "encode_chat", slow)
+    monkeypatch.setattr(serving.app, "encode_chat", slow)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(ask, client, "slow") for _ in range(3)]
         assert written(ask(client, "Hello"))

@@ -55,6 +55,10 @@ class AnswerParser:
         self._names = {id: name for name, id in PlainEncoder(tokenizer).control_ids.items()}
         self._enter("reasoning" if self._names.get(prompt_ids[-1]) == "<think>" else "content")
 
+    def is_content(self, token: int) -> bool:
+        """Whether a generated token, not yet fed, is text of the content."""
+        return self._part == "content" and ("content", self._names.get(token)) not in _NEXT_PART
+
     def feed(self, token: int) -> list[AnswerText | AnswerCall]:
         """What a generated token completes."""
         part, following = self._part, _NEXT_PART.get((self._part, self._names.get(token)))
