@@ -8,7 +8,7 @@ _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class StopFinder:
-    """Passes text on up to the first stop text, which may come in pieces.
+    """Passes text on up to the stop text that is complete first, and which may come in pieces.
 
     What could be the beginning of a stop text is held back until it is certain that it is none.
     """
@@ -23,10 +23,10 @@ class StopFinder:
         if self.found:
             return ""
         text = self._held + text
-        at = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
-        if at >= 0:
+        places = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if places:
             self.found, self._held = True, ""
-            return text[:at]
+            return text[: min(places)[1]]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig
 import serving.app
 from serving.app import Service
 from serving.protocol import CHAT_FIELDS
+from serving.texts import StopFinder
 from tokenization.plain import PlainEncoder
 from tokenization.safe_chat import encode_chat
 
@@ -397,6 +398,564 @@ def test_an_error_in_a_stream_is_one_event(served, monkeypatch):
     error = json.loads(event.removeprefix("data: "))["error"]
     assert error == {"message": message, "type": "server_error", "param": None, "code": None}
     assert done == "data: [DONE]"
+
+
+# ---------------------------------------------------------------- the protocol
+
+# Tokens of the tests' tokenizer; all are different, and two of them are needed for "lo" and for the end of a word.
+WORDS = ["t", "h", "e", " ", "d", "o", "r", "."]
+
+
+def said(client, stream, **more):
+    """(content, why it ended) of an answer, streamed or not."""
+    body = {"model": "deepseek", "messages": [USER], "max_tokens": 20, "stream": stream, **more}
+    answer = client.chat.completions.create(**body)
+    if not stream:
+        return answer.choices[0].message.content, answer.choices[0].finish_reason
+    chunks = [chunk for chunk in answer if chunk.choices]
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0].finish_reason
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ([], ("the dor.", "stop")),
+        ("o", ("the d", "stop")),
+        (["dor"], ("the ", "stop")),  # of three tokens
+        (["he d", "e"], ("th", "stop")),  # the one that is complete first
+        (["e", "he"], ("t", "stop")),  # of two, the longer
+        (["e d"], ("th", "stop")),
+        (["doo", "dox"], ("the dor.", "stop")),  # begun and not ended
+        (["..", "r.x"], ("the dor.", "stop")),  # held back at the end
+        (["t"], ("", "stop")),
+        (["x"] * 16, ("the dor.", "stop")),
+    ],
+    ids=repr,
+)
+def test_an_answer_is_cut_before_a_stop_text(kind, stream, stop, expected, tokenizer, request):
+    model, client = request.getfixturevalue(kind)
+    with scripted(model, "</think>", [*WORDS, EOS], tokenizer):
+        assert said(client, stream, stop=stop) == expected
+
+
+@given(pieces=st.lists(st.text("ab", max_size=4), max_size=8), stops=st.lists(st.text("ab", min_size=1), max_size=3))
+def test_stop_texts_are_found_however_the_text_comes(pieces, stops):
+    text, finder = "".join(pieces), StopFinder(stops)
+    ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))]
+    cut = min(text[: ends[0]].rfind(s) for s in stops if text[: ends[0]].endswith(s)) if ends else len(text)
+    shown = ""
+    for piece in pieces:
+        shown += finder.feed(piece)
+        assert text[:cut].startswith(shown)
+    assert finder.found == bool(ends)
+    assert shown + finder.end() == text[:cut]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_word_beyond_a_stop_text_inside_a_token(served, tokenizer, stream):
+    """A token may hold a stop text and more."""
+    model, client = served
+    long = next(t for i in range(VOCAB_SIZE) if len(t := tokenizer.decode([i])) == 4 and t.isascii() and t.isalpha())
+    with scripted(model, "</think>", [" ", long, EOS], tokenizer):
+        assert said(client, stream, stop=long[1:3]) == (" " + long[0], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_thinking_and_frees_the_model(served, tokenizer, stream):
+    model, client = served
+    with scripted(model, "<think>", ["t", "h", "e", "</think>", "d", EOS], tokenizer):
+        body = {"messages": [USER], "stop": ["e"]}
+        assert complete(client, body, stream, thinking=True, max_tokens=20) == ("", "th", [], "stop")
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_white_space_at_the_ends_of_an_answer_is_kept(kind, stream, tokenizer, request):
+    model, client = request.getfixturevalue(kind)
+    with scripted(model, "</think>", ["\n", " ", "d", "\t", EOS], tokenizer):
+        assert said(client, stream) == ("\n d\t", "stop")
+
+
+def events(client, path="chat/completions", **body):
+    """The data of a stream's events."""
+    import urllib.request
+
+    content = json.dumps({"model": "deepseek", "stream": True, **body}).encode()
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{client.base_url}{path}", content, headers), timeout=60) as r:
+        assert r.headers["Content-Type"].startswith("text/event-stream")
+        text = r.read().decode()
+    assert text.endswith("\n\n")
+    return [event.removeprefix("data: ") for event in text[:-2].split("\n\n")]
+
+
+@pytest.mark.parametrize("with_usage", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("chat/completions", {"messages": [USER]}), ("completions", {"prompt": "one"})],
+    ids=["chat", "completion"],
+)
+def test_a_stream_ends_with_done_and_tells_usage_when_asked(served, with_usage, path, body):
+    _, client = served
+    *chunks, done = events(client, path, max_tokens=3, stream_options={"include_usage": with_usage}, **body)
+    assert done == "[DONE]"
+    chunks = [json.loads(chunk) for chunk in chunks]
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    if not with_usage:
+        assert not any("usage" in chunk for chunk in chunks)
+        assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+        return
+    *chunks, last = chunks
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 3
+    assert last["usage"]["total_tokens"] == 3 + last["usage"]["prompt_tokens"]
+
+
+def test_ids_and_whole_answers_have_the_protocols_form(served, tokenizer):
+    model, client = served
+    with scripted(model, "</think>", [*A_CALL, "<｜tool▁calls▁end｜>", EOS], tokenizer):
+        status, answer = post(client, changed(max_tokens=20))
+    message = answer["choices"][0]["message"]
+    assert status == 200
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["object"] == "chat.completion"
+    assert (message["role"], message["content"], message["refusal"]) == ("assistant", None, None)
+    assert message["tool_calls"][0]["id"].startswith("call_")
+    status, answer = post(client, json.dumps({"prompt": "a", "max_tokens": 1}).encode(), "completions")
+    assert answer["id"].startswith("cmpl-")
+    assert answer["object"] == "text_completion"
+
+
+# Fields with the values that ordinary clients send with every request, or that ask for what is done anyway.
+ORDINARY = {
+    "stream_options": {"include_usage": True},
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "response_format": {"type": "text"},
+    "logit_bias": {},
+    "store": False,
+    "metadata": {"trace": "1"},
+    "reasoning_effort": "none",
+    "logprobs": False,
+    "top_logprobs": 0,
+    "n": 1,
+    "user": "someone",
+    "seed": 1,
+    "service_tier": "auto",
+    "max_completion_tokens": 2,
+    "stop": [],
+    "top_k": -1,
+    "min_p": 0.0,
+    "modalities": ["text"],
+    "verbosity": "medium",
+    "safety_identifier": "x",
+    "prompt_cache_key": "x",
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+}
+
+
+def test_fields_with_ordinary_values_and_null_fields_change_nothing(served, tokenizer):
+    model, client = served
+    expected = expected_answer(model, tokenizer, "Hi", 2)
+    for body in (ORDINARY, dict.fromkeys(ORDINARY)):
+        status, answer = post(client, changed(**{"max_tokens": 2, **body}))
+        assert status == 200, answer
+        assert answer["choices"][0]["message"]["content"].rstrip("�") == expected
+    names = set(ORDINARY) | {
+        "model",
+        "messages",
+        "stream",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "chat_template_kwargs",
+    }
+    assert names == set(CHAT_FIELDS), "each field has an ordinary value here"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("store", True),
+        ("service_tier", "flex"),
+        ("modalities", ["text", "audio"]),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("top_logprobs", 5),  # without logprobs
+        ("top_logprobs", 21),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {str(VOCAB_SIZE): 1}),
+        ("n", 33),
+        ("n", True),
+        ("seed", True),
+        ("top_k", 1.5),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("metadata", {"a": 1}),
+        ("stream_options", {"include": True}),
+        ("reasoning_effort", "most"),
+        ("response_format", {"type": "xml"}),
+        ("continue_final_message", True),
+        ("add_generation_prompt", False),
+        ("functions", []),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_cannot_be_done_is_refused_by_name(served, field, value):
+    _, client = served
+    status, answer = post(client, changed(**{field: value}))
+    assert status == 400
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["param"] == field
+    assert field in answer["error"]["message"]
+
+
+def test_an_unknown_model_is_not_found(served):
+    _, client = served
+    for call in (
+        lambda: client.models.retrieve("another/model"),
+        lambda: client.chat.completions.create(model="another/model", messages=[USER]),
+        lambda: client.completions.create(model="another/model", prompt="x"),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert caught.value.code == "model_not_found"
+        assert caught.value.param == "model"
+    assert client.models.retrieve("deepseek").id == "deepseek"
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v1/chat", "/docs", "/redoc", "/openapi.json", "/"])
+def test_other_paths_are_errors_of_the_protocol(served, path):
+    _, client = served
+    status, answer = post(client, b"{}", f"..{path}")
+    assert status in (404, 405)
+    assert path in answer["error"]["message"]
+
+
+NULLS = {"refusal": None, "audio": None, "function_call": None, "annotations": None, "tool_calls": None}
+
+
+def test_messages_as_client_libraries_give_them_back(served, tokenizer):
+    """What was answered is sent again with null fields; developers are systems; parts are one text."""
+    model, client = served
+    plain = [{"role": "system", "content": "S"}, USER, {"role": "assistant", "content": "A"}, USER]
+    given = [
+        {"role": "developer", "content": [{"type": "text", "text": "S"}], "name": None},
+        {**USER, "name": None},
+        {**NULLS, "role": "assistant", "content": "A", "reasoning_content": None},
+        USER,
+    ]
+    answers = [client.chat.completions.create(model="deepseek", messages=m, max_tokens=8) for m in (plain, given)]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+    with scripted(model, "</think>", [*A_CALL, "<｜tool▁calls▁end｜>", EOS], tokenizer):
+        message = client.chat.completions.create(model="deepseek", messages=[USER], max_tokens=20).choices[0].message
+    chat = [USER, message.model_dump(), {"role": "tool", "content": "3", "tool_call_id": message.tool_calls[0].id}]
+    with scripted(model, "<｜tool▁output▁end｜>", ["3", EOS], tokenizer):
+        assert said(client, False, messages=chat) == ("3", "stop")
+    status, answer = post(client, changed(messages=[{**USER, "audio": {"id": "x"}}]))
+    assert (status, answer["error"]["param"]) == (400, "messages")
+
+
+# ---------------------------------------------------------------- what requests ask of the sampling
+
+
+def ids_of(prompt, tokenizer):
+    return torch.tensor([encode_chat(tokenizer, prompt, add_generation_prompt=True)["input_ids"]])
+
+
+def test_logprobs_are_the_models(served, tokenizer):
+    model, client = served
+    answer = ask(client, "Hello", logprobs=True, top_logprobs=3, max_tokens=4, frequency_penalty=1.0)
+    entries = answer.choices[0].logprobs.content
+    ids = ids_of([{"role": "user", "content": "Hello"}], tokenizer)
+    texts = serving.app.TokenTexts(tokenizer)
+    seen = b""
+    for entry in entries:
+        row = model(ids).logits[0, -1].log_softmax(-1)
+        assert entry.logprob == pytest.approx(row[_id(entry, texts, row)].item(), abs=1e-4)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+        assert [top.logprob for top in entry.top_logprobs] == sorted(
+            (t.logprob for t in entry.top_logprobs), reverse=True
+        )
+        ids = torch.cat((ids, torch.tensor([[_id(entry, texts, row)]])), dim=1)
+        seen += bytes(entry.bytes)
+    assert seen.decode(errors="replace").startswith(written(answer))
+    assert written(answer)
+    chunks = list(
+        ask(client, "Hello", logprobs=True, top_logprobs=3, max_tokens=4, frequency_penalty=1.0, stream=True)
+    )
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices and chunk.choices[0].logprobs]
+    assert [entry.token for part in parts for entry in part.content] == [entry.token for entry in entries]
+
+
+def _id(entry, texts, row):
+    (found,) = [i for i in range(len(row)) if texts.bytes(i) == bytes(entry.bytes) and texts.name(i) == entry.token]
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_cut_answer_and_of_content_only(served, tokenizer, stream):
+    model, client = served
+
+    def tokens(**more):
+        body = {"model": "deepseek", "messages": [USER], "max_tokens": 20, "logprobs": True, "stream": stream, **more}
+        answer = client.chat.completions.create(**body)
+        choices = [c.choices[0] for c in answer] if stream else answer.choices
+        return [entry.token for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+
+    with scripted(model, "</think>", [*WORDS, EOS], tokenizer):
+        assert tokens() == WORDS
+        assert tokens(stop=["dor"]) == WORDS[:4]
+        assert tokens(stop=["r.x"]) == WORDS
+    with scripted(model, "<think>", ["h", "</think>", "H", EOS], tokenizer):
+        assert tokens(extra_body={"chat_template_kwargs": {"thinking": True}}) == ["H"]
+
+
+def test_several_answers(served, tokenizer):
+    _, client = served
+    answer = ask(client, "Hello", n=3, temperature=2.0, seed=1)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in ask(client, "Hello", n=3, temperature=2.0, seed=1).choices]
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.prompt_tokens == ask(client, "Hello").usage.prompt_tokens
+    parts = {0: "", 1: "", 2: ""}
+    for chunk in ask(client, "Hello", n=3, temperature=2.0, seed=1, stream=True):
+        parts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert [part.rstrip("�") for part in parts.values()] == [text.rstrip("�") for text in texts]
+
+
+def test_several_answers_together(batching):
+    _, client = batching
+    texts = [choice.message.content for choice in ask(client, "Hello", n=3, temperature=2.0).choices]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+def test_settings_of_sampling_do_what_they_say(kind, request, tokenizer):
+    model, client = request.getfixturevalue(kind)
+    greedy = expected_answer(model, tokenizer, "Hello")
+    assert written(ask(client, "Hello", temperature=2.0, extra_body={"top_k": 1})) == greedy
+    assert written(ask(client, "Hello", temperature=2.0, top_p=1e-6)) == greedy
+    assert written(ask(client, "Hello", temperature=0)) == greedy
+    assert len({written(ask(client, "Hello", temperature=2.0)) for _ in range(4)}) > 1
+    if kind == "served":
+        assert written(ask(client, "Hello", temperature=2.0, extra_body={"min_p": 1.0})) == greedy
+        assert written(ask(client, "Hello", temperature=2.0, seed=3)) == written(
+            ask(client, "Hello", temperature=2.0, seed=3)
+        )
+
+
+def test_biases_and_penalties(served, tokenizer):
+    model, client = served
+    texts = serving.app.TokenTexts(tokenizer)
+    chosen = tokenizer.convert_tokens_to_ids("d")
+    assert ask(client, "Hello", logit_bias={str(chosen): 100}).choices[0].message.content == "d" * 8
+    favoured = {"logit_bias": {str(chosen): 8.0}}
+    assert ask(client, "Hello", **favoured).choices[0].message.content == "d" * 8
+    for penalty in (
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"extra_body": {"repetition_penalty": 10.0}},
+    ):
+        ids, expected = ids_of([{"role": "user", "content": "Hello"}], tokenizer), []
+        prompt_tokens = ids.shape[1]
+        for _ in range(8):
+            row = model(ids).logits[0, -1]
+            new = ids[0, prompt_tokens:]
+            if "extra_body" in penalty:
+                row = torch.where(
+                    torch.isin(torch.arange(VOCAB_SIZE), ids), torch.where(row < 0, row * 10, row / 10), row
+                )
+            counts = torch.bincount(new, minlength=VOCAB_SIZE)
+            row = (
+                row - penalty.get("presence_penalty", 0) * (counts > 0) - penalty.get("frequency_penalty", 0) * counts
+            )
+            row[chosen] += 3.0
+            expected.append(row.argmax().item())
+            ids = torch.cat((ids, row.argmax()[None, None]), dim=1)
+        answer = ask(client, "Hello", logit_bias={str(chosen): 3.0}, logprobs=True, **penalty)
+        assert [bytes(entry.bytes) for entry in answer.choices[0].logprobs.content] == [
+            texts.bytes(i) for i in expected
+        ]
+    assert set(ask(client, "Hello", presence_penalty=-2.0, **favoured).choices[0].message.content) == {"d"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_one_at_a_time_or_none(served, tokenizer, stream):
+    model, client = served
+    first = A_CALL
+    two = [*first, "<｜tool▁calls▁end｜>", "d", EOS]
+    with scripted(model, "</think>", two, tokenizer):
+        one = {"messages": [USER], "parallel_tool_calls": False}
+        assert complete(client, one, stream, max_tokens=20) == ("", "", [("f", "{}")], "tool_calls")
+        assert complete(client, {"messages": [USER]}, stream, max_tokens=20)[0] == "d"
+        none = {"messages": [USER], "tools": [HOSTILE_TOOL], "tool_choice": "none"}
+        assert complete(client, none, stream, max_tokens=20) == ("d", "", [], "stop")
+
+
+def test_effort_is_thinking(served, tokenizer):
+    model, client = served
+    with scripted(model, "<think>", ["h", "</think>", "H", EOS], tokenizer):
+        for effort in ("low", "medium", "high"):
+            message = (
+                client.chat.completions.create(
+                    model="deepseek", messages=[USER], reasoning_effort=effort, max_tokens=9
+                )
+                .choices[0]
+                .message
+            )
+            assert (message.reasoning_content, message.content) == ("h", "H")
+
+
+# ---------------------------------------------------------------- an answer that has begun
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("said_so", [{}, {"continue_final_message": True, "add_generation_prompt": False}, "prefix"])
+def test_an_assistants_last_message_is_the_beginning_of_the_answer(kind, stream, said_so, tokenizer, request):
+    model, client = request.getfixturevalue(kind)
+    last = {"role": "assistant", "content": "He said:  d"} | ({"prefix": True} if said_so == "prefix" else {})
+    more = {"extra_body": said_so} if isinstance(said_so, dict) else {}
+    with scripted(model, "d", ["o", "r", EOS], tokenizer):
+        assert said(client, stream, messages=[USER, last], **more) == ("or", "stop")
+    continued = encode_chat(
+        tokenizer, [USER, {"role": "assistant", "content": "He said:  d"}], continue_final_message=True
+    )
+    assert tokenizer.decode(continued["input_ids"]).endswith("</think>He said:  d")
+    answer = client.chat.completions.create(model="deepseek", messages=[USER, last], max_tokens=1)
+    assert answer.usage.prompt_tokens == len(continued["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [USER], "continue_final_message": True},
+        {"messages": [USER, {"role": "assistant", "content": "A"}], "continue_final_message": False},
+        {"messages": [USER, {"role": "assistant", "content": "A"}], "add_generation_prompt": True},
+        {"messages": [USER, CALLING]},
+        {"messages": [USER, {"role": "assistant", "content": "A", "prefix": True}, USER]},
+        {"messages": [USER, {"role": "assistant", "content": "A", "prefix": 1}]},
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_continued_is_refused(served, body):
+    _, client = served
+    status, answer = post(client, changed(**body))
+    assert status == 400
+    assert answer["error"]["param"] in (*body, "messages")
+
+
+# ---------------------------------------------------------------- prompts as they are
+
+
+def forced(model, ids):
+    """Log-probabilities [S - 1, V] of what follows each token."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+
+
+def test_prompts_in_lists_and_as_ids(served, tokenizer):
+    _, client = served
+    texts = ["one two", "three", "the door"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    alone = [client.completions.create(model="deepseek", prompt=text, max_tokens=5).choices[0].text for text in texts]
+    for prompt in (texts, ids):
+        answer = client.completions.create(model="deepseek", prompt=prompt, max_tokens=5)
+        assert [choice.text for choice in answer.choices] == alone
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+    assert client.completions.create(model="deepseek", prompt=ids[1], max_tokens=5).choices[0].text == alone[1]
+    answer = client.completions.create(model="deepseek", prompt=texts[:2], n=2, max_tokens=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text == answer.choices[1].text
+    assert answer.usage.prompt_tokens == sum(map(len, ids[:2]))
+    parts = dict.fromkeys(range(3), "")
+    for chunk in client.completions.create(model="deepseek", prompt=texts, max_tokens=5, stream=True):
+        parts[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(parts.values()) == alone
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("prefill", [512, 3])
+def test_echo_tells_the_scores_of_the_prompt(served, tokenizer, monkeypatch, as_ids, prefill):
+    import serving.engine
+
+    monkeypatch.setattr(serving.engine, "PREFILL_TOKENS", prefill)
+    model, client = served
+    text = "the door, 你好 é."
+    ids = tokenizer(text)["input_ids"]
+    prompt = ids if as_ids else text
+    body = {"model": "deepseek", "prompt": prompt, "echo": True, "logprobs": 2}
+    whole = client.completions.create(**body, max_tokens=0).choices[0]
+    assert whole.text == text
+    assert whole.finish_reason == "length"
+    rows = forced(model, ids)
+    expected = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert whole.logprobs.token_logprobs[0] is None
+    assert whole.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    assert whole.logprobs.top_logprobs[0] is None
+    for top, row, value in zip(whole.logprobs.top_logprobs[1:], rows, expected, strict=True):
+        assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-4)
+        assert any(entry == pytest.approx(value, abs=1e-4) for entry in top.values())
+        assert 2 <= len(top) <= 3
+    texts = serving.app.TokenTexts(tokenizer)
+    assert whole.logprobs.tokens == [texts.name(id) for id in ids]
+    assert whole.logprobs.text_offset == sorted(whole.logprobs.text_offset)
+    for token, offset in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True):
+        assert token.startswith(("bytes:", "<")) or text[offset:].startswith(token)
+    longer = client.completions.create(**body, max_tokens=3).choices[0]
+    assert longer.logprobs.tokens[: len(ids)] == whole.logprobs.tokens
+    assert len(longer.logprobs.tokens) == len(ids) + 3
+    assert longer.text.startswith(text)
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**body, max_tokens=3, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == longer.text
+    streamed_tokens = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.tokens]
+    assert streamed_tokens == longer.logprobs.tokens
+
+
+def test_logprobs_and_stops_of_completions(served, tokenizer):
+    model, client = served
+    with scripted(model, "o", ["t", "h", "e", EOS], tokenizer):
+        body = {"model": "deepseek", "prompt": "o", "max_tokens": 9, "logprobs": 0}
+        choice = client.completions.create(**body).choices[0]
+        assert (choice.text, choice.logprobs.tokens, choice.finish_reason) == ("the", ["t", "h", "e", EOS], "stop")
+        assert choice.logprobs.text_offset == [0, 1, 2, 3]
+        choice = client.completions.create(**body, stop=["he"]).choices[0]
+        assert (choice.text, choice.logprobs.tokens, choice.finish_reason) == ("t", ["t"], "stop")
+        assert client.completions.create(model="deepseek", prompt="o").choices[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("suffix", "x"), ("best_of", 2), ("max_tokens", 0), ("logprobs", 21), ("logprobs", True), ("echo", 1)],
+)
+def test_what_cannot_be_done_for_a_prompt_is_refused(served, field, value):
+    _, client = served
+    status, answer = post(client, json.dumps({"prompt": "x", field: value}).encode(), "completions")
+    assert (status, answer["error"]["param"]) == (400, field)
+
+
+def test_a_token_that_the_model_lacks_is_refused(served):
+    _, client = served
+    status, answer = post(client, json.dumps({"prompt": [1, VOCAB_SIZE]}).encode(), "completions")
+    assert (status, answer["error"]["param"]) == (400, "prompt")
 
 
 # ---------------------------------------------------------------- hostile requests
