@@ -23,6 +23,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 
 from common.extras import extra
@@ -196,9 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("serve").setLevel(logging.WARNING if args.quiet else logging.INFO)
     hosts = args.allowed_hosts or ((*LOOPBACK_HOSTS, args.host) if is_loopback(args.host) else ("*",))
     service = Service(args.name, args.thinking, args.api_key, hosts)
-    config = uvicorn.Config(
-        service.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
-    )
+    # Answers are ended by the service, in their protocol; what is left a little later, by force.
+    grace = SHUTDOWN_SECONDS + 2
+    config = uvicorn.Config(service.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(config)
     errors: list[BaseException] = []
 
@@ -209,8 +210,15 @@ def main(argv: list[str] | None = None) -> int:
             errors.append(error)
             server.should_exit = True
 
+    def end_answers() -> None:
+        while not server.should_exit:
+            time.sleep(0.2)
+        time.sleep(SHUTDOWN_SECONDS)
+        service.stop()
+
     print(f"loading {args.model or args.adapter or 'the model of this folder'}", flush=True)
     threading.Thread(target=prepare, daemon=True, name="load").start()
+    threading.Thread(target=end_answers, daemon=True, name="stop").start()
     with suppress(KeyboardInterrupt):
         server.run(sockets=sockets)
     if errors and not isinstance(errors[0], (ValueError, OSError, RuntimeError, ImportError)):

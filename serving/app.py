@@ -107,14 +107,18 @@ class Service:
         """Tokens that the model reads, prompt and answer together."""
         return self.model.config.get_text_config().max_position_embeddings
 
+    def stop(self) -> None:
+        """End all answers, with an error."""
+        if self.engine is not None:
+            self.engine.stop()
+
     def app(self) -> "Guard":
         """The application, for an ASGI server."""
 
         @asynccontextmanager
         async def lifespan(app: Starlette):
             yield
-            if self.engine is not None:
-                await asyncio.to_thread(self.engine.stop)
+            await asyncio.to_thread(self.stop)
 
         routes = [
             Route("/v1/chat/completions", self._answering(self._chat), methods=["POST"]),

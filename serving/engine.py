@@ -119,6 +119,7 @@ class Engine:
         self._caches = KeptCaches(model.config.get_text_config(), kept_caches)
         self._jobs: queue.Queue[Generation | None] = queue.Queue()
         self._current: Generation | None = None
+        self._stopping = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="generate")
         self._thread.start()
 
@@ -129,8 +130,10 @@ class Engine:
         """Begin an answer.
 
         Raises:
-            EngineFailed: too many requests wait.
+            EngineFailed: too many requests wait, or the server is stopping.
         """
+        if self._stopping:
+            raise EngineFailed("the server is stopping")
         if self._jobs.qsize() >= MAX_WAITING:
             raise EngineFailed(f"{MAX_WAITING} requests wait already; try again later")
         generation = Generation(ids, sampling)
@@ -147,6 +150,7 @@ class Engine:
 
     def stop(self) -> None:
         """End all answers and the thread."""
+        self._stopping = True
         waiting = [self._current] if self._current else []
         while not self._jobs.empty():
             waiting.append(self._jobs.get_nowait())
