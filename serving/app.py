@@ -249,8 +249,10 @@ class Service:
         return await answer.respond(_text_chunk, whole_text)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
+        """The ids, with one bos if the tokenizer writes one, also where the prompt spells it itself."""
         check_length(self.tokenizer, prompt, self.context)
-        return self.tokenizer(prompt, verbose=False)["input_ids"]
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return ids[1:] if ids[:2] == [self.tokenizer.bos_token_id] * 2 else ids
 
     # ---- both
 

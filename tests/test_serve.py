@@ -963,6 +963,72 @@ def test_a_token_that_the_model_lacks_is_refused(served):
     assert (status, answer["error"]["param"]) == (400, "prompt")
 
 
+# ---------------------------------------------------------------- lm-eval
+
+
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_scores_of_lm_eval_are_those_of_the_model_itself(tokenizer, tokenized, tmp_path):
+    """`lm_eval --model local-completions` and `--model hf`."""
+    pytest.importorskip("tenacity", reason="lm-eval's API models need lm_eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model, client, stop = _start(tokenizer)
+    try:
+        tokenizer.save_pretrained(tmp_path)
+        ours = LocalCompletionsAPI(
+            base_url=f"{client.base_url}completions",
+            model="deepseek",
+            tokenizer=str(tmp_path),
+            tokenizer_backend="huggingface",
+            tokenized_requests=tokenized,
+            add_bos_token=True,  # as `hf` does where the tokenizer has it so
+            max_length=256,
+            batch_size=4,
+        )
+        theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=255, batch_size=1)
+        pairs = [
+            ("the door", " is"),
+            ("the door", " is open."),
+            ("one two", " three 你好"),
+            ("a é", "é é"),
+            ("1 + 1", " = 2"),
+        ]
+        tasks = {
+            "loglikelihood": pairs,
+            "loglikelihood_rolling": [(f"{context}{more}",) for context, more in pairs],
+            "generate_until": [(context, {"until": ["e", "o"], "max_gen_toks": 12}) for context, _ in pairs],
+        }
+        for kind, arguments in tasks.items():
+            instances = [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+            actual, expected = (getattr(lm, kind)(instances) for lm in (ours, theirs))
+            if kind == "generate_until":
+                assert [text.rstrip("�") for text in actual] == [text.rstrip("�") for text in expected]
+            elif kind == "loglikelihood":
+                assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+                assert [s for s, _ in actual] == pytest.approx([s for s, _ in expected], abs=1e-3)
+            else:
+                assert actual == pytest.approx(expected, abs=1e-3)
+    finally:
+        stop()
+
+
+def test_chats_of_lm_eval_are_those_of_the_model_itself(served, tokenizer):
+    """`lm_eval --model local-chat-completions`."""
+    pytest.importorskip("tenacity", reason="lm-eval's API models need lm_eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    model, client = served
+    theirs = LocalChatCompletion(base_url=f"{client.base_url}chat/completions", model="deepseek")
+    texts = ["Hello", "你好", "1 + 1"]
+    chats = [theirs.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+    requests = [Instance("generate_until", {}, (chat, {"max_gen_toks": 8}), i) for i, chat in enumerate(chats)]
+    expected = [expected_answer(model, tokenizer, text) for text in texts]
+    assert [text.rstrip("�") for text in theirs.generate_until(requests)] == expected
+
+
 # ---------------------------------------------------------------- hostile requests
 
 GOOD = {"model": "deepseek", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
