@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from common.extras import MissingExtra
 from serving.choices import ChatChoice, Choice, TextChoice, whole_message, whole_text
 from serving.engine import BatchingEngine, Engine, EngineFailed, Generation, end_ids
 from serving.protocol import (
@@ -98,9 +99,11 @@ class Service:
         self.texts = TokenTexts(tokenizer)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.end_ids = end_ids(model)
-        self.engine = (
-            Engine(model, kept_caches) if continuous_batching is None else BatchingEngine(model, continuous_batching)
-        )
+        self.grammars = _grammars(tokenizer, self.vocab_size, self.end_ids)
+        if continuous_batching is None:
+            self.engine = Engine(model, kept_caches, self.grammars)
+        else:
+            self.engine = BatchingEngine(model, continuous_batching)
 
     @property
     def context(self) -> int:
@@ -196,10 +199,10 @@ class Service:
                 max_tokens=self.context,
             )["input_ids"]
         )
-        if body.get("response_format", {}).get("type", "text") != "text":
-            raise RequestError("`response_format` must have the type text", "response_format")
         default_tokens = self.model.generation_config.max_new_tokens
         sampling = sampling_of(body, self._room(ids), default_tokens, self.vocab_size)
+        if body.get("response_format", {}).get("type", "text") != "text":
+            sampling = replace(sampling, grammar=await self._grammar(body))
         self.engine.check(sampling)
         choices = [
             ChatChoice(
@@ -219,6 +222,19 @@ class Service:
         return await answer.respond(
             _chat_chunk, whole_message, opening={"delta": {"role": "assistant", "content": ""}}
         )
+
+    async def _grammar(self, body: dict) -> str:
+        if self.grammars is None:
+            raise RequestError(
+                "`response_format` with JSON needs llguidance on the server: pip install -e '.[structured]'",
+                "response_format",
+            )
+        if body.get("tools") and body.get("tool_choice") != "none":
+            raise RequestError(
+                "`response_format` with JSON leaves no room for tool calls; leave out `tools`, or set `tool_choice`: none",
+                "response_format",
+            )
+        return await asyncio.to_thread(self.grammars.compile, body["response_format"])
 
     # ---- completions
 
@@ -277,6 +293,15 @@ class Service:
                 "context_length_exceeded",
             )
         return room
+
+
+def _grammars(tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_ids: list[int]):
+    """What compiles schemas; None if the library for it is not installed, or no token ends an answer."""
+    try:
+        from serving.grammar import Grammars
+    except MissingExtra:
+        return None
+    return Grammars(tokenizer, vocab_size, end_ids) if end_ids else None
 
 
 # ---------------------------------------------------------------- an answer

@@ -110,10 +110,10 @@ class Engine:
     Args:
         model: a causal language model, also a `PeftModel`.
         kept_caches: how many caches of earlier chats are kept, so that a next turn reads only what is new.
-        grammars: makes what constrains answers; None if none is installed.
+        grammars: a `Grammars` for requests that ask for a schema; None if it is not installed.
     """
 
-    def __init__(self, model: PreTrainedModel, kept_caches: int = 4, grammars: Callable | None = None):
+    def __init__(self, model: PreTrainedModel, kept_caches: int = 4, grammars=None):
         self._model = model
         self._grammars = grammars
         self._caches = KeptCaches(model.config.get_text_config(), kept_caches)
@@ -205,7 +205,7 @@ class Engine:
         settings, own = _settings(self._model, generation.sampling)
         grammar = None
         if generation.sampling.grammar is not None:
-            grammar = self._grammars(generation.sampling.grammar, generation.ids)
+            grammar = self._grammars.start(generation.sampling.grammar, generation.ids)
         logits = _Logits(generation, own, grammar)
         prompt = torch.tensor([generation.ids], device=self._model.device)
         output = self._model.generate(

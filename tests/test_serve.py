@@ -828,6 +828,83 @@ def test_effort_is_thinking(served, tokenizer):
             assert (message.reasoning_content, message.content) == ("h", "H")
 
 
+# ---------------------------------------------------------------- answers that match a schema
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 77}, "b": {"enum": ["no", "<｜User｜>", "你好"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def as_format(schema) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_answer_matches_its_schema(tokenizer, stream, thinking, seed, structured):
+    """The tests' model writes noise, here with a temperature that makes all tokens likely."""
+    model, client = structured
+    body = {"messages": [USER], "response_format": as_format(SCHEMA), "temperature": 2.0, "seed": seed}
+    with scripted(model, "<think>", ["h", "{", "</think>"], tokenizer):
+        content, reasoning, calls, ended = complete(client, body, stream, thinking, max_tokens=200)
+    assert (reasoning, calls, ended) == ("h{" if thinking else "", [], "stop")
+    value = json.loads(content)
+    assert 3 <= value["a"] <= 77
+    assert value["b"] in SCHEMA["properties"]["b"]["enum"]
+    assert set(value) == {"a", "b"}
+
+
+@pytest.fixture(scope="module")
+def structured(tokenizer):
+    pytest.importorskip("llguidance")
+    model, client, stop = _start(tokenizer)
+    yield model, client
+    stop()
+
+
+def test_an_answer_is_a_json_object(structured):
+    _, client = structured
+    answer = ask(client, "Hi", response_format={"type": "json_object"}, max_tokens=200, temperature=2.0, seed=1)
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer.choices[0].message.content), dict)
+    assert answer.choices[0].message.content.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [None, 3, [], {"type": "colour"}, {"$ref": "http://127.0.0.1/x"}, {"unevaluatedItems": {"type": "x"}}],
+    ids=repr,
+)
+def test_a_schema_that_cannot_be_kept_is_refused(structured, schema):
+    _, client = structured
+    status, answer = post(client, changed(response_format=as_format(schema)))
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert post(client, changed(response_format=as_format(SCHEMA), tools=tools))[0] == 400
+
+
+def test_json_without_its_library_is_refused_by_name(tokenizer, monkeypatch):
+    monkeypatch.setattr(serving.app, "_grammars", lambda *arguments: None)
+    _, client, stop = _start(tokenizer)
+    try:
+        status, answer = post(client, changed(response_format=as_format(SCHEMA)))
+    finally:
+        stop()
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert "'.[structured]'" in answer["error"]["message"]
+
+
+def test_json_is_refused_by_batching(batching):
+    pytest.importorskip("llguidance")
+    _, client = batching
+    status, answer = post(client, changed(response_format=as_format(SCHEMA)))
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+
+
 # ---------------------------------------------------------------- an answer that has begun
 
 
