@@ -69,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument("--quiet", action="store_true", help="no line for each request")
     batching = parser.add_argument_group(
         "continuous batching",
-        "requests share forward passes; then they may set temperature, top_p and top_k, but no penalties, biases, seeds "
-        "or logprobs",
+        "requests share forward passes, but those with penalties, biases, min_p, seeds, logprobs or a schema, which are "
+        "answered one after the other beside the others",
     )
     batching.add_argument("--continuous-batching", action="store_true")
     batching.add_argument(
@@ -81,10 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=_whole(1, 2**31 - 1),
         help="most tokens of a forward pass (default: from the free memory)",
     )
-    alone = parser.add_argument_group("without continuous batching", "requests are answered one after the other")
+    alone = parser.add_argument_group("one after the other", "what is not batched")
     alone.add_argument(
         "--kept-caches",
         type=_whole(0, 10_000),
+        default=4,
         help="chats whose cache is kept, so that a next turn reads only what is new (default 4)",
     )
     return parser
@@ -117,8 +118,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for option in ("cache_blocks", "batch_tokens"):
         if getattr(args, option) is not None and not args.continuous_batching:
             parser.error(f"--{option.replace('_', '-')} is for --continuous-batching; give both or none")
-    if args.kept_caches is not None and args.continuous_batching:
-        parser.error("--kept-caches is for a server without --continuous-batching")
     if not args.name:
         parser.error("--name is empty; it is what requests call the model")
     key = args.api_key if args.api_key is not None else os.environ.get(API_KEY_VARIABLE)
@@ -251,7 +250,7 @@ def load_into(service, args: argparse.Namespace) -> None:
         batching = ContinuousBatchingConfig(
             num_blocks=args.cache_blocks, max_batch_tokens=args.batch_tokens, auto_switch_to_flash=False
         )
-    service.attach(model, tokenizer, batching, 4 if args.kept_caches is None else args.kept_caches)
+    service.attach(model, tokenizer, batching, args.kept_caches)
     count = sum(parameter.numel() for parameter in model.parameters())
     address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}/v1"
     key = " -H 'Authorization: Bearer YOUR-KEY'" if args.api_key else ""

@@ -25,7 +25,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 
 from common.extras import MissingExtra
 from serving.choices import ChatChoice, Choice, TextChoice, whole_message, whole_text
-from serving.engine import BatchingEngine, Engine, EngineFailed, Generation, end_ids
+from serving.engine import BothEngines, Engine, EngineFailed, Generation, check_settings, end_ids
 from serving.protocol import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -77,7 +77,7 @@ class Service:
         self.thinking = thinking
         self.api_key = api_key
         self.allowed_hosts = {host.lower() for host in allowed_hosts}
-        self.engine: Engine | BatchingEngine | None = None
+        self.engine: Engine | BothEngines | None = None
         self.metrics = Metrics()
         self._created = int(time.time())
 
@@ -92,7 +92,10 @@ class Service:
 
         Args:
             continuous_batching: settings of its paged cache; None answers one request after the other.
-            kept_caches: caches of earlier chats that are kept; without continuous batching only.
+            kept_caches: caches of earlier chats that are kept, of requests that are answered one after the other.
+
+        Raises:
+            ValueError: the model's own settings cannot be kept.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -100,10 +103,11 @@ class Service:
         self.vocab_size = model.config.get_text_config().vocab_size
         self.end_ids = end_ids(model)
         self.grammars = _grammars(tokenizer, self.vocab_size, self.end_ids)
+        check_settings(model.generation_config)
         if continuous_batching is None:
             self.engine = Engine(model, kept_caches, self.grammars)
         else:
-            self.engine = BatchingEngine(model, continuous_batching)
+            self.engine = BothEngines(model, continuous_batching, kept_caches, self.grammars)
 
     @property
     def context(self) -> int:
@@ -203,7 +207,6 @@ class Service:
         sampling = sampling_of(body, self._room(ids), default_tokens, self.vocab_size)
         if body.get("response_format", {}).get("type", "text") != "text":
             sampling = replace(sampling, grammar=await self._grammar(body))
-        self.engine.check(sampling)
         choices = [
             ChatChoice(
                 i,
@@ -252,7 +255,6 @@ class Service:
             if not ids:
                 raise RequestError("`prompt` has no tokens", "prompt")
             sampling = sampling_of(body, self._room(ids, body), DEFAULT_COMPLETION_TOKENS, self.vocab_size)
-            self.engine.check(sampling)
             text = None
             if echo:
                 stream = self.texts.stream()

@@ -12,6 +12,7 @@ import secrets
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,17 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from serving.protocol import RequestError, Sampling
+from serving.protocol import Sampling
 
 PREFILL_TOKENS = 512  # of a prompt read at a time, so that its logits need bounded memory and it can be stopped
 MAX_WAITING = 1000
@@ -123,9 +128,6 @@ class Engine:
         self._thread = threading.Thread(target=self._work, daemon=True, name="generate")
         self._thread.start()
 
-    def check(self, sampling: Sampling) -> None:
-        """Raise RequestError if it cannot be done; here everything can."""
-
     def submit(self, ids: list[int], sampling: Sampling) -> Generation:
         """Begin an answer.
 
@@ -175,7 +177,6 @@ class Engine:
     @torch.inference_mode()
     def _write(self, generation: Generation) -> None:
         sampling, ids = generation.sampling, generation.ids
-        torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
         cache, cached = self._caches.take([] if sampling.prompt_logprobs else ids)
         scores = self._read_prompt(generation, cache, cached)
         generation.put(PromptRead(cached, scores))
@@ -202,11 +203,12 @@ class Engine:
         return scores if generation.sampling.prompt_logprobs else None
 
     def _write_answer(self, generation: Generation, cache: DynamicCache) -> list[int]:
-        settings, own = _settings(self._model, generation.sampling)
+        sampling = filled(generation.sampling, self._model.generation_config)
+        settings = _settings(self._model, sampling)
         grammar = None
         if generation.sampling.grammar is not None:
             grammar = self._grammars.start(generation.sampling.grammar, generation.ids)
-        logits = _Logits(generation, own, grammar)
+        logits = _Logits(generation, sampling, self._model.device, grammar)
         prompt = torch.tensor([generation.ids], device=self._model.device)
         output = self._model.generate(
             input_ids=prompt,
@@ -220,26 +222,65 @@ class Engine:
         return output[0, len(generation.ids) :].tolist()
 
 
-def _settings(model: PreTrainedModel, sampling: Sampling) -> tuple[GenerationConfig, float]:
-    """The settings for `generate`, and the repetition penalty, which is applied here."""
+# Settings of sampling in a generation_config.json that are not known here, with what they are when they do nothing.
+_UNKNOWN_SAMPLING = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
+
+
+def check_settings(settings: GenerationConfig) -> None:
+    """Raise ValueError if a model's own settings cannot be kept."""
+    for name, nothing in _UNKNOWN_SAMPLING.items():
+        if getattr(settings, name, None) not in (None, nothing):
+            raise ValueError(
+                f"the model's generation_config.json sets {name}, which this server does not know; take it out"
+            )
+    if (settings.num_beams or 1) > 1:
+        raise ValueError("the model's generation_config.json sets num_beams, and answers are streamed; take it out")
+
+
+def filled(sampling: Sampling, settings: GenerationConfig) -> Sampling:
+    """The sampling with the model's own settings where the request does not say; all numbers are numbers then."""
+    temperature = sampling.temperature
+    if temperature is None:
+        temperature = (1.0 if settings.temperature is None else settings.temperature) if settings.do_sample else 0.0
+
+    def first(*values):
+        return next(value for value in values if value is not None)
+
+    return replace(
+        sampling,
+        temperature=float(temperature),
+        top_p=float(first(sampling.top_p, settings.top_p, 1.0)),
+        top_k=max(0, first(sampling.top_k, settings.top_k, 0)),
+        min_p=float(first(sampling.min_p, settings.min_p, 0.0)),
+        repetition_penalty=float(first(sampling.repetition_penalty, settings.repetition_penalty, 1.0)),
+    )
+
+
+def _settings(model: PreTrainedModel, sampling: Sampling) -> GenerationConfig:
+    """The settings for `generate`: all that changes or draws from logits is done by `_Logits`."""
     settings = copy.deepcopy(model.generation_config)
-    penalty = sampling.repetition_penalty or settings.repetition_penalty or 1.0
     settings.repetition_penalty = None
+    settings.do_sample = False
+    settings.temperature = settings.top_p = settings.top_k = settings.min_p = None
     settings.max_length, settings.max_new_tokens = None, sampling.max_tokens
     settings.eos_token_id = end_ids(model) or None
     if settings.pad_token_id is None:
         settings.pad_token_id = (end_ids(model) or [0])[0]
-    for name in ("top_p", "min_p"):
-        if getattr(sampling, name) is not None:
-            setattr(settings, name, getattr(sampling, name))
-    if sampling.top_k is not None:
-        settings.top_k = max(sampling.top_k, 0)
-    if sampling.temperature is not None:
-        settings.do_sample = sampling.temperature > 0
-        settings.temperature = sampling.temperature
-    if not settings.do_sample:
-        settings.temperature = settings.top_p = settings.top_k = settings.min_p = None
-    return settings, penalty
+    return settings
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """What narrows down the tokens that are drawn from, in the order of `generate`."""
+    warpers = LogitsProcessorList()
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers
 
 
 def score(row: torch.Tensor, id: int, count: int) -> Score:
@@ -254,16 +295,19 @@ def score(row: torch.Tensor, id: int, count: int) -> Score:
 
 
 class _Logits(LogitsProcessor):
-    """Keeps the log-probabilities of the next token, then changes its logits as the request asks.
+    """Keeps the log-probabilities of the next token, changes its logits as the request asks, and draws it.
 
-    The penalties count as in vLLM: repetition is of prompt and answer, presence and frequency are of the answer.
+    The penalties count as in vLLM: repetition is of prompt and answer, presence and frequency are of the answer. Random
+    numbers are the answer's own, so that a seed means the same whatever else the process does.
     """
 
-    def __init__(self, generation: Generation, repetition_penalty: float, grammar=None):
-        self.sampling = generation.sampling
+    def __init__(self, generation: Generation, sampling: Sampling, device: torch.device, grammar=None):
+        self.sampling = sampling
         self.prompt_tokens = len(generation.ids)
-        self.repetition_penalty = repetition_penalty
         self.grammar = grammar
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+        self.warpers = _warpers(sampling) if sampling.temperature else None
         self.row: torch.Tensor | None = None  # [V]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -273,10 +317,11 @@ class _Logits(LogitsProcessor):
         sampling = self.sampling
         if sampling.logprobs is not None:
             self.row = scores[0].float().log_softmax(-1)
-        if self.repetition_penalty != 1:
+        if sampling.repetition_penalty != 1:
             seen = input_ids[0].unique()
             kept = scores[:, seen]
-            penalised = torch.where(kept < 0, kept * self.repetition_penalty, kept / self.repetition_penalty)
+            penalty = sampling.repetition_penalty
+            penalised = torch.where(kept < 0, kept * penalty, kept / penalty)
             scores = scores.index_copy(1, seen, penalised)
         if sampling.presence_penalty or sampling.frequency_penalty:
             seen, counts = input_ids[0, self.prompt_tokens :].unique(return_counts=True)
@@ -288,6 +333,10 @@ class _Logits(LogitsProcessor):
             scores = scores.index_add(1, ids, biases[None])
         if self.grammar is not None:
             scores = self.grammar(scores, input_ids[0, self.prompt_tokens :])
+        if self.warpers is not None:
+            probabilities = self.warpers(input_ids, scores.float()).softmax(-1)
+            drawn = torch.multinomial(probabilities, 1, generator=self.generator)
+            scores = torch.full_like(scores, float("-inf")).scatter(1, drawn, 0.0)
         return scores
 
 
@@ -363,57 +412,39 @@ def _common_beginning(a: list[int], b: list[int]) -> int:
 # ---------------------------------------------------------------- together
 
 
-# Settings that all requests share in continuous batching, with what they are.
-_NOT_BATCHED = {
-    "min_p": None,
-    "repetition_penalty": None,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": {},
-    "seed": None,
-    "logprobs": None,
-    "grammar": None,
-}
-
-
 class BatchingEngine:
     """Answers requests together, in forward passes that they share.
 
-    Of a request's settings it takes the temperature, `top_p` and `top_k`; of equally likely tokens any may be taken.
+    Of a request's settings it knows the temperature, `top_p` and `top_k`; of equally likely tokens any may be taken.
 
     Args:
         model: with full attention in all layers.
         paging: settings of the paged cache.
-
-    Raises:
-        ValueError: the model's own settings cannot be kept.
     """
 
     def __init__(self, model: PreTrainedModel, paging: ContinuousBatchingConfig):
-        for name in ("repetition_penalty", "min_p"):
-            if getattr(model.generation_config, name) not in (None, 1.0 if name == "repetition_penalty" else 0.0):
-                raise ValueError(
-                    f"the model's generation_config.json sets {name}, which continuous batching cannot do; take it out, "
-                    "or start the server without --continuous-batching"
-                )
         self._model = model
         self._paging = paging
         self._paging.per_request_processors = True
+        # A graph must not be recorded while another thread, that of `Engine`, uses the GPU.
+        self._paging.use_cuda_graph = False
         self._manager = None
         self._open: dict[str, Generation] = {}
 
-    def check(self, sampling: Sampling) -> None:
-        """Raise RequestError, naming the field, if it cannot be done."""
-        for name, default in _NOT_BATCHED.items():
-            if getattr(sampling, name) != default:
-                name = "response_format" if name == "grammar" else name
-                raise RequestError(
-                    f"`{name}` cannot be set on this server, whose requests share forward passes (continuous batching); "
-                    "start it without --continuous-batching",
-                    name,
-                )
-        if not sampling.max_tokens:
-            raise RequestError("`max_tokens` of 0 cannot be done by continuous batching", "max_tokens")
+    def takes(self, sampling: Sampling) -> bool:
+        """Whether all that the request asks for can be done together with others."""
+        sampling = filled(sampling, self._model.generation_config)
+        if not sampling.temperature:
+            sampling = replace(sampling, seed=None)
+        known = Sampling(
+            sampling.max_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            min_p=0.0,
+            repetition_penalty=1.0,
+        )
+        return sampling == known and sampling.max_tokens > 0
 
     def submit(self, ids: list[int], sampling: Sampling) -> Generation:
         """Begin an answer.
@@ -473,15 +504,12 @@ class BatchingEngine:
         )
 
     def _of_request(self, sampling: Sampling) -> dict:
-        settings, _ = _settings(self._model, sampling)
+        sampling = filled(sampling, self._model.generation_config)
         vocab_size = self._model.config.get_text_config().vocab_size
-        if not settings.do_sample:
+        if not sampling.temperature:
             return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
-        return {
-            "temperature": float(settings.temperature or 1.0),
-            "top_k": min(settings.top_k or vocab_size, vocab_size),
-            "top_p": float(settings.top_p or 1.0),
-        }
+        top_k = min(sampling.top_k or vocab_size, vocab_size)
+        return {"temperature": sampling.temperature, "top_k": top_k, "top_p": sampling.top_p}
 
     def load(self) -> tuple[int, int]:
         """How many answers are being written or wait for it; they are not told apart."""
@@ -497,3 +525,47 @@ class BatchingEngine:
             generation.put(EngineFailed("the server is stopping"))
         if self._manager is not None:
             self._manager.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)
+
+
+class BothEngines:
+    """Answers requests together where that can be done, and the others one after the other beside them.
+
+    Args:
+        model, paging: as in `BatchingEngine`.
+        more: further arguments of `Engine`.
+    """
+
+    def __init__(self, model: PreTrainedModel, paging: ContinuousBatchingConfig, *more):
+        self._together = BatchingEngine(model, paging)
+        self._alone = Engine(twin(model), *more)
+
+    def submit(self, ids: list[int], sampling: Sampling) -> Generation:
+        """Begin an answer.
+
+        Raises:
+            EngineFailed: as the engines do.
+        """
+        return (self._together if self._together.takes(sampling) else self._alone).submit(ids, sampling)
+
+    def load(self) -> tuple[int, int]:
+        """How many answers are being written, and how many wait."""
+        return tuple(map(sum, zip(self._together.load(), self._alone.load(), strict=True)))
+
+    def is_alive(self) -> bool:
+        """Whether it can answer."""
+        return self._together.is_alive() and self._alone.is_alive()
+
+    def stop(self) -> None:
+        """End all answers and the threads."""
+        self._together.stop()
+        self._alone.stop()
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own with the same weights in memory.
+
+    While a forward pass runs, transformers writes into the model's config (`is_causal`, and False in continuous batching),
+    so two threads with one model would compute with each other's masks.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

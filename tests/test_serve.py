@@ -19,7 +19,7 @@ import torch
 import uvicorn
 from checks import ROOT
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from tiny import FAMILIES, make_model
+from tiny import FAMILIES, make_model, make_tokens
 from tiny_chat import VOCAB_SIZE, add_tokenizer
 from transformers import AutoTokenizer, ContinuousBatchingConfig
 
@@ -27,7 +27,7 @@ import serve
 import serving.app
 from common.loading import load
 from serving.app import Service
-from serving.engine import Engine, KeptCaches
+from serving.engine import BatchingEngine, Engine, KeptCaches, twin
 from serving.protocol import CHAT_FIELDS, Sampling
 from serving.texts import StopFinder
 from tokenization.plain import PlainEncoder
@@ -139,8 +139,57 @@ def test_continuous_batching(batching, tokenizer):
     attention = model.config._attn_implementation
     assert answers == [expected_answer(model, tokenizer, text) for text in texts]
     assert attention == "sdpa"
-    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        ask(client, "Hello", presence_penalty=0.5)
+
+
+# What cannot be batched and is answered beside the batch.
+BESIDE = [
+    {"logprobs": True},
+    {"seed": 1, "temperature": 2.0},
+    {"presence_penalty": 1.0},
+    {"frequency_penalty": -1.0},
+    {"logit_bias": {"5": 3.0}},
+    {"extra_body": {"min_p": 0.1}},
+    {"extra_body": {"repetition_penalty": 1.5}},
+    {"seed": 2, "temperature": 1.0, "top_p": 0.9},
+]
+
+
+def test_a_server_that_batches_takes_all_fields_of_all_at_once(served, batching, tokenizer):
+    """Requests that are batched and others, at the same time: each gets the answer that it gets alone."""
+    texts = [f"Hello {i}" for i in range(8)]
+    plain = [expected_answer(batching[0], tokenizer, text, 16) for text in texts]
+    alone = [written(ask(served[1], text, max_tokens=16, **more)) for text, more in zip(texts, BESIDE, strict=True)]
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(3):
+            beside = [pool.submit(ask, batching[1], t, max_tokens=16, **m) for t, m in zip(texts, BESIDE, strict=True)]
+            together = list(pool.map(lambda text: written(ask(batching[1], text, max_tokens=16)), texts))
+            assert together == plain
+            # Of a seed the random numbers are the same, but the two servers' models are two, with the same weights.
+            assert [written(one.result()) for one in beside] == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_shares_the_weights_and_nothing_else(family):
+    model = make_model(family)
+    other = twin(model)
+    tokens = make_tokens(1, 9)
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+    for mine, others in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert mine.data_ptr() == others.data_ptr()
+    assert model.config is not other.config
+    assert {id(module.config) for module in model.modules() if hasattr(module, "config")}.isdisjoint(
+        id(module.config) for module in other.modules() if hasattr(module, "config")
+    )
+
+
+def test_what_is_batched(batching):
+    engine = BatchingEngine(batching[0], ContinuousBatchingConfig())
+    assert engine.takes(Sampling(5))
+    assert engine.takes(Sampling(5, temperature=0.0, seed=1))
+    assert engine.takes(Sampling(5, temperature=0.7, top_p=0.9, top_k=5, min_p=0.0, repetition_penalty=1.0))
+    for more in ({"seed": 1, "temperature": 1.0}, {"min_p": 0.1}, {"logprobs": 0}, {"presence_penalty": 0.1}):
+        assert not engine.takes(Sampling(5, **more))
+    assert not engine.takes(Sampling(0))
 
 
 def test_completions(served, tokenizer):
@@ -759,11 +808,9 @@ def test_settings_of_sampling_do_what_they_say(kind, request, tokenizer):
     assert written(ask(client, "Hello", temperature=2.0, top_p=1e-6)) == greedy
     assert written(ask(client, "Hello", temperature=0)) == greedy
     assert len({written(ask(client, "Hello", temperature=2.0)) for _ in range(4)}) > 1
-    if kind == "served":
-        assert written(ask(client, "Hello", temperature=2.0, extra_body={"min_p": 1.0})) == greedy
-        assert written(ask(client, "Hello", temperature=2.0, seed=3)) == written(
-            ask(client, "Hello", temperature=2.0, seed=3)
-        )
+    assert written(ask(client, "Hello", temperature=2.0, extra_body={"min_p": 1.0})) == greedy
+    seeded = [written(ask(client, "Hello", temperature=2.0, seed=seed)) for seed in (3, 3, 4)]
+    assert seeded[0] == seeded[1] != seeded[2]
 
 
 def test_biases_and_penalties(served, tokenizer):
@@ -898,13 +945,6 @@ def test_json_without_its_library_is_refused_by_name(tokenizer, monkeypatch):
     assert "'.[structured]'" in answer["error"]["message"]
 
 
-def test_json_is_refused_by_batching(batching):
-    pytest.importorskip("llguidance")
-    _, client = batching
-    status, answer = post(client, changed(response_format=as_format(SCHEMA)))
-    assert (status, answer["error"]["param"]) == (400, "response_format")
-
-
 # ---------------------------------------------------------------- an answer that has begun
 
 
@@ -976,11 +1016,12 @@ def test_prompts_in_lists_and_as_ids(served, tokenizer):
 
 @pytest.mark.parametrize("as_ids", [False, True])
 @pytest.mark.parametrize("prefill", [512, 3])
-def test_echo_tells_the_scores_of_the_prompt(served, tokenizer, monkeypatch, as_ids, prefill):
+@pytest.mark.parametrize("kind", ["served", "batching"])
+def test_echo_tells_the_scores_of_the_prompt(kind, request, tokenizer, monkeypatch, as_ids, prefill):
     import serving.engine
 
     monkeypatch.setattr(serving.engine, "PREFILL_TOKENS", prefill)
-    model, client = served
+    model, client = request.getfixturevalue(kind)
     text = "the door, 你好 é."
     ids = tokenizer(text)["input_ids"]
     prompt = ids if as_ids else text
@@ -1695,7 +1736,7 @@ def test_a_model_that_computes_no_numbers_is_an_error(served, monkeypatch):
         (["--cache-blocks", "64"], "--continuous-batching"),
         (["--batch-tokens", "64"], "--continuous-batching"),
         (["--continuous-batching", "--cache-blocks", "0"], "--cache-blocks"),
-        (["--continuous-batching", "--kept-caches", "2"], "--kept-caches"),
+        (["--kept-caches", "-1"], "--kept-caches"),
         (["--temp", "1"], "--temp"),
         (["--cont"], "--cont"),
         (["--host", "0.0.0.0"], serve.API_KEY_VARIABLE),
