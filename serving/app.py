@@ -42,7 +42,7 @@ from serving.protocol import (
     wants_thinking,
 )
 from serving.texts import TokenTexts
-from tokenization.answers import AnswerParser
+from tokenization.answers import AnswerParser, TokenStream
 from tokenization.plain import TextTooLong, check_length
 from tokenization.safe_chat import encode_chat
 
@@ -257,8 +257,8 @@ class Service:
             sampling = sampling_of(body, self._room(ids, body), DEFAULT_COMPLETION_TOKENS, self.vocab_size)
             text = None
             if echo:
-                stream = self.texts.stream()
-                text = prompt if isinstance(prompt, str) else "".join(map(stream.feed, ids))
+                stream = TokenStream(self.tokenizer)
+                text = prompt if isinstance(prompt, str) else "".join(map(stream.feed, ids)) + stream.end()
             for i in range(n):
                 arguments = (self.end_ids, self.texts, stops_of(body), ids, text, sampling.logprobs is not None)
                 choice = TextChoice(len(planned), sampling.max_tokens, *arguments)

@@ -7,7 +7,7 @@ import uuid
 
 from serving.engine import PromptRead, Score, Token
 from serving.texts import StopFinder, TokenTexts
-from tokenization.answers import AnswerCall, AnswerParser
+from tokenization.answers import AnswerCall, AnswerParser, TokenStream
 
 REASONING, CONTENT = "reasoning_content", "content"
 
@@ -144,7 +144,9 @@ class ChatChoice(Choice):
         ]
 
     def _end(self) -> list[dict]:
-        deltas = self._flush()
+        cut = any(finder.found for finder in self._finders.values())
+        deltas = [] if cut else [delta for piece in self._parser.end() for delta in self._text(*piece)]
+        deltas += self._flush()
         if self._scores and not self._finders[CONTENT].found:  # tokens that completed no character
             deltas.append({"delta": {}} | self._released(self._fed + 1))
         return deltas
@@ -199,7 +201,7 @@ class TextChoice(Choice):
         super().__init__(index, max_tokens, end_ids)
         self._texts = texts
         self._finder = StopFinder(stops)
-        self._stream = texts.stream()
+        self._stream = TokenStream(texts.tokenizer)
         self._prompt_ids = prompt_ids
         self._prompt_text = prompt_text
         self._with_scores = with_scores
@@ -224,6 +226,9 @@ class TextChoice(Choice):
                 self.finish_reason = "stop"
         self._end_if_full()
         if self.done and not self._finder.found:
+            shown += self._finder.feed(self._stream.end())
+            if self._finder.found:
+                self.finish_reason = "stop"
             shown += self._finder.end()
         return self._part(shown)
 
@@ -231,7 +236,7 @@ class TextChoice(Choice):
         if self._prompt_text is None:
             return []
         if scores is not None:
-            stream, at = self._texts.stream(), 0
+            stream, at = TokenStream(self._texts.tokenizer), 0
             for id, score in zip(self._prompt_ids, scores, strict=True):
                 self._entries.append((at, id, score))
                 at += len(stream.feed(id))

@@ -1,6 +1,5 @@
 """The text of an answer as it may be shown: cut before a stop text, and each token with its bytes and its place."""
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -67,19 +66,3 @@ class TokenTexts:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        """A decoder of tokens that come one by one."""
-        return TextStream(self.tokenizer, skip_special_tokens)
-
-
-class TextStream:
-    """Decodes tokens one by one; half a character is held back."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool):
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-
-    def feed(self, id: int) -> str:
-        """The text that a token completes."""
-        return self._stream.step(self._tokenizer, id) or ""

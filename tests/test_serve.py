@@ -30,6 +30,7 @@ from serving.app import Service
 from serving.engine import BatchingEngine, Engine, KeptCaches, twin
 from serving.protocol import CHAT_FIELDS, Sampling
 from serving.texts import StopFinder
+from tokenization.answers import TokenStream
 from tokenization.plain import PlainEncoder
 from tokenization.safe_chat import encode_chat
 
@@ -530,6 +531,19 @@ def test_white_space_at_the_ends_of_an_answer_is_kept(kind, stream, tokenizer, r
     model, client = request.getfixturevalue(kind)
     with scripted(model, "</think>", ["\n", " ", "d", "\t", EOS], tokenizer):
         assert said(client, stream) == ("\n d\t", "stop")
+
+
+def test_a_character_that_is_complete_is_not_lost_with_one_that_is_not(tokenizer):
+    """A token may end one character and begin another, and be the answer's last."""
+    texts = serving.app.TokenTexts(tokenizer)
+    pieces = {id: texts.bytes(id) for id in range(3, VOCAB_SIZE) if id not in tokenizer.added_tokens_decoder}
+    two = [id for id, b in pieces.items() if b.decode(errors="ignore") and b[-1] >= 0xC0 and b[:1].isascii()]
+    two += [id for id, b in pieces.items() if b[1:].decode(errors="ignore") and b[-1] >= 0xC0]
+    for id in two:
+        stream = TokenStream(tokenizer)
+        assert stream.feed(id) == ""
+        assert stream.end() == pieces[id].decode(errors="replace").rstrip("�")
+    assert two
 
 
 def events(client, path="chat/completions", **body):
