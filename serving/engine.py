@@ -420,6 +420,9 @@ class BatchingEngine:
     Args:
         model: with full attention in all layers.
         paging: settings of the paged cache.
+
+    Raises:
+        ValueError: the model, or this release of transformers, cannot batch.
     """
 
     def __init__(self, model: PreTrainedModel, paging: ContinuousBatchingConfig):
@@ -428,7 +431,10 @@ class BatchingEngine:
         self._paging.per_request_processors = True
         # A graph must not be recorded while another thread, that of `Engine`, uses the GPU.
         self._paging.use_cuda_graph = False
-        self._manager = None
+        self._manager = model.init_continuous_batching(
+            generation_config=self._settings(), continuous_batching_config=paging
+        )
+        self._is_started = False
         self._open: dict[str, Generation] = {}
 
     def takes(self, sampling: Sampling) -> bool:
@@ -452,11 +458,9 @@ class BatchingEngine:
         Raises:
             EngineFailed: the thread that writes has died.
         """
-        if self._manager is None:
-            self._manager = self._model.init_continuous_batching(
-                generation_config=self._settings(), continuous_batching_config=self._paging
-            )
+        if not self._is_started:
             self._manager.start()
+            self._is_started = True
         if not self.is_alive():
             raise EngineFailed("continuous batching has failed; start the server again")
         request_id, written = uuid.uuid4().hex, 0
@@ -517,13 +521,13 @@ class BatchingEngine:
 
     def is_alive(self) -> bool:
         """Whether it can answer."""
-        return self._manager is None or self._manager.is_running()
+        return not self._is_started or self._manager.is_running()
 
     def stop(self) -> None:
         """End all answers and the thread."""
         for generation in list(self._open.values()):
             generation.put(EngineFailed("the server is stopping"))
-        if self._manager is not None:
+        if self._is_started:
             self._manager.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)
 
 

@@ -183,6 +183,20 @@ def test_a_twin_shares_the_weights_and_nothing_else(family):
     )
 
 
+@pytest.mark.parametrize("family", ["nsa", "v32"])
+def test_a_model_that_cannot_batch_is_refused_before_the_first_request(family, tokenizer):
+    model = make_model(family, vocab_size=VOCAB_SIZE)
+    with pytest.raises(ValueError, match="--continuous-batching"):
+        Service().attach(model, tokenizer, ContinuousBatchingConfig())
+
+
+def test_settings_of_a_model_that_are_not_known_are_refused(tokenizer):
+    model = make_model("v3", vocab_size=VOCAB_SIZE)
+    model.generation_config.typical_p = 0.5
+    with pytest.raises(ValueError, match="typical_p"):
+        Service().attach(model, tokenizer)
+
+
 def test_what_is_batched(batching):
     engine = BatchingEngine(batching[0], ContinuousBatchingConfig())
     assert engine.takes(Sampling(5))
