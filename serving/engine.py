@@ -511,7 +511,7 @@ class BatchingEngine:
         sampling = filled(sampling, self._model.generation_config)
         vocab_size = self._model.config.get_text_config().vocab_size
         if not sampling.temperature:
-            return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+            return {"temperature": 1.0, "top_k": 1, "top_p": 1e-6}  # the latter leaves one of equally likely tokens
         top_k = min(sampling.top_k or vocab_size, vocab_size)
         return {"temperature": sampling.temperature, "top_k": top_k, "top_p": sampling.top_p}
 
