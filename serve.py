@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for one model: transformers' own, made to run this repository's code and to be safe.
+"""An OpenAI-compatible server for one model.
 
     python serve.py                                          # the model in this folder, http://localhost:8000/v1
     python serve.py --model path/or/hub-name --trust-remote-code --continuous-batching
@@ -8,441 +8,28 @@
     client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
     client.chat.completions.create(model="deepseek", messages=[{"role": "user", "content": "Hello"}], stream=True)
 
-The handlers, the generation threads and continuous batching are those of `transformers serve`. That command itself loads
-a checkpoint of a published type into transformers' own class, whatever `auto_map` says, lets what users write become
-control tokens, and loads any model (and its code) that a request names. Here the model is the one that was started with,
-chats are encoded by tokenization/safe_chat.py, answers are parsed by the ids of their tokens (tokenization/answers.py),
-and requests are checked before they reach the model. In `/v1/completions` the caller writes the whole prompt, control
-tokens included.
+`transformers serve` loads a checkpoint of a published type into transformers' own class, whatever `auto_map` says, lets
+what users write become control tokens, and loads any model (and its code) that a request names. Here the model is the one
+that was started with, chats are encoded by tokenization/safe_chat.py, answers are parsed by the ids of their tokens
+(tokenization/answers.py), and requests are checked before they reach the model (serving/). In `/v1/completions` the caller
+writes the whole prompt, control tokens included.
 """
 
 import argparse
-import asyncio
-import json
+import errno
+import ipaddress
+import logging
+import os
+import socket
 import sys
-import uuid
-from contextlib import asynccontextmanager
-
-import torch
+import threading
+import time
+from contextlib import suppress
 
 from common.extras import extra
 
-with extra("serve"):
-    import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.responses import JSONResponse
-    from openai.types.completion_usage import CompletionUsage
-    from starlette.requests import ClientDisconnect
-    from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.utils import (
-        CBGenerateManager,
-        CBWorkerDeadError,
-        DirectStreamer,
-        GenerateManager,
-        GenerationState,
-        Modality,
-        ReasoningText,
-        ToolCall,
-        _GenerationCancelled,
-        _StreamError,
-    )
-    from transformers.utils import logging
-
-    from common.loading import load
-    from tokenization.answers import AnswerCall, AnswerParser, AnswerText
-    from tokenization.safe_chat import encode_chat
-
-MAX_BODY_BYTES = 8 * 2**20
-BODY_SECONDS = 60  # for a client to send it
-
-
-# ---------------------------------------------------------------- requests
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _is_text(value: object) -> bool:
-    """Whether it is Unicode text of at least one character; JSON can also say half a surrogate pair, which is none."""
-    return (
-        isinstance(value, str) and len(value) > 0 and not any("\ud800" <= character <= "\udfff" for character in value)
-    )
-
-
-def _is_stop(value: object) -> bool:
-    texts = [value] if isinstance(value, str) else value
-    return (
-        isinstance(texts, list) and 1 <= len(texts) <= 4 and all(_is_text(text) and len(text) <= 256 for text in texts)
-    )
-
-
-# Field -> what it must be, and how that is said. Fields not named here are refused, so that none is ignored unnoticed.
-_COMMON_FIELDS = {
-    "model": (lambda value: isinstance(value, str), "the name of the model"),
-    "stream": (lambda value: isinstance(value, bool), "true or false"),
-    "temperature": (lambda value: _is_number(value) and 0 <= value <= 2, "a number from 0 to 2"),
-    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and up to 1"),
-    "frequency_penalty": (lambda value: _is_number(value) and 0 <= value <= 2, "a number from 0 to 2"),
-    "max_tokens": (_is_count, "a whole number of at least 1"),
-    "stop": (_is_stop, "a Unicode text or up to four, of 1 to 256 characters each"),
-    "seed": (lambda value: isinstance(value, int) and -(2**63) <= value < 2**63, "a whole number of 64 bits"),
-    "n": (lambda value: value == 1, "1"),
-    "user": (lambda value: isinstance(value, str), "a text"),
-}
-_SAMPLING_FIELDS = ("temperature", "top_p", "frequency_penalty", "stop", "seed")
-CHAT_FIELDS = _COMMON_FIELDS | {
-    "messages": (lambda value: isinstance(value, list) and len(value) > 0, "a list of at least one message"),
-    "tools": (lambda value: isinstance(value, list), "a list of functions"),
-    "max_completion_tokens": _COMMON_FIELDS["max_tokens"],
-    "chat_template_kwargs": (
-        lambda value: (
-            isinstance(value, dict) and set(value) <= {"thinking"} and isinstance(value.get("thinking"), bool)
-        ),
-        'nothing but {"thinking": true} or {"thinking": false}',
-    ),
-}
-COMPLETION_FIELDS = _COMMON_FIELDS | {
-    "prompt": (_is_text, "a Unicode text of at least one character"),
-}
-
-
-def check_request(body: object, fields: dict, required: str) -> dict:
-    """The request without the fields that are null.
-
-    Raises:
-        ValueError: it is no table, lacks the required field, or a field is unknown or has another value than it may.
-    """
-    if not isinstance(body, dict):
-        raise ValueError("the request must be a JSON object")
-    body = {name: value for name, value in body.items() if value is not None}
-    for name, value in body.items():
-        if name not in fields:
-            raise ValueError(f"the field {name[:80]!r} is not supported; allowed are {', '.join(fields)}")
-        is_right, meaning = fields[name]
-        if not is_right(value):
-            raise ValueError(f"`{name}` is {repr(value)[:80]}; it must be {meaning}")
-    if required not in body:
-        raise ValueError(f"the field `{required}` is missing")
-    return body
-
-
-def plain_messages(messages: list) -> list:
-    """Messages with content in parts -> with content as one text, which is all that a language model takes."""
-    plain = []
-    for i, message in enumerate(messages):
-        if isinstance(message, dict) and isinstance(message.get("content"), list):
-            parts = message["content"]
-            if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-                raise ValueError(f"messages[{i}].content has a part that is no text; this model reads text only")
-            if not all(isinstance(part.get("text"), str) for part in parts):
-                raise ValueError(f"messages[{i}].content has a part whose `text` is no string")
-            message = {**message, "content": " ".join(part["text"] for part in parts)}
-        plain.append(message)
-    return plain
-
-
-class _Limits:
-    """What both handlers add to transformers' own: checks, the context, and no settings of other requests."""
-
-    def check(self, body: object, fields: dict, required: str) -> dict:
-        """`check_request`; and with continuous batching, no sampling settings, which are the server's."""
-        body = check_request(body, fields, required)
-        if self.generation_state.use_continuous_batching(self.model_manager.model, Modality.LLM):
-            for name in _SAMPLING_FIELDS:
-                if name in body:
-                    raise ValueError(
-                        f"`{name}` cannot be set by a request, since all requests share the forward passes of continuous "
-                        "batching and its sampling; set --temperature for the server, or start it without "
-                        "--continuous-batching"
-                    )
-        return body
-
-    def _build_generation_config(self, body, model_generation_config, use_cb=False):
-        config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
-        config.max_new_tokens = min(config.max_new_tokens, body["_room"])
-        if config.temperature == 0:
-            config.do_sample, config.temperature = False, None
-        return config
-
-    def room(self, prompt_tokens: int) -> int:
-        context = self.model_manager.model.config.get_text_config().max_position_embeddings
-        if prompt_tokens >= context:
-            raise ValueError(f"the prompt has {prompt_tokens} tokens; with its answer the model reads {context}")
-        return context - prompt_tokens
-
-
-class _AnswerStreamer(DirectStreamer):
-    """Takes the ids of an answer's tokens and queues what transformers' handler streams.
-
-    transformers' own decodes them first, and what an answer spells then looks like control tokens.
-    """
-
-    def __init__(self, parser: AnswerParser):
-        super().__init__(None, asyncio.get_running_loop(), asyncio.Queue())
-        self.parser = parser
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt, then with each token."""
-        if self._first or self._cancelled.is_set():
-            super().put(value)
-        else:
-            self.take(value.tolist())
-
-    def take(self, ids: list[int]) -> None:
-        """Read further tokens of the answer."""
-        for token in ids:
-            self.total_tokens += 1
-            for piece in self.parser.feed(token):
-                self._enqueue(_queued(piece))
-
-    def fail(self, error: object) -> None:
-        """End the answer with an error."""
-        self._enqueue(_StreamError(json.dumps(str(error))[1:-1]))  # the handler puts it between quotation marks
-
-
-def _queued(piece: AnswerText | AnswerCall) -> str | ToolCall:
-    if isinstance(piece, AnswerCall):
-        return ToolCall(*piece)
-    return ReasoningText(piece.text) if piece.is_reasoning else piece.text
-
-
-class _Generation:
-    """Generates one answer by a manager of transformers, but streams it through an `AnswerParser`."""
-
-    def __init__(self, manager: GenerateManager | CBGenerateManager, parser: AnswerParser):
-        self.manager = manager
-        self.parser = parser
-
-    def generate_streaming(self, model, tokenizer, inputs, settings, request_id, response_parser=None):
-        """Start -> the queue of the answer's pieces, and its streamer. transformers' parser is not used."""
-        streamer = _AnswerStreamer(self.parser)
-        if isinstance(self.manager, CBGenerateManager):
-            self._start_batched(streamer, inputs["input_ids"], settings, request_id)
-        else:
-            self._start(streamer, model, {**inputs, "generation_config": settings, "tokenizer": tokenizer})
-        return streamer._queue, streamer
-
-    def _start(self, streamer: _AnswerStreamer, model: PreTrainedModel, arguments: dict) -> None:
-        def work():
-            try:
-                model.generate(**arguments, streamer=streamer)
-            except _GenerationCancelled:
-                streamer.end()
-            except Exception as error:
-                streamer.fail(error)
-
-        self.manager.submit(work)
-
-    def _start_batched(self, streamer: _AnswerStreamer, ids: list[int], settings, request_id: str) -> None:
-        self.manager._check_alive(request_id)
-        batching = self.manager._cb
-
-        def take(output):
-            try:
-                streamer.take(output.generated_tokens[streamer.total_tokens :])
-                if output.error is not None:
-                    streamer.fail(output.error)
-                elif output.is_finished():
-                    streamer.end()
-            except Exception as error:
-                streamer.fail(error)
-
-        streamer.cancel = lambda: batching.cancel_request(request_id)
-        batching.register_result_handler(request_id, take)
-        batching.add_request(
-            ids,
-            request_id=request_id,
-            streaming=True,
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=settings.eos_token_id,
-        )
-
-
-class ChatHandler(_Limits, ChatCompletionHandler):
-    """Chat completions whose texts never become control tokens, neither of the prompt nor of the answer."""
-
-    async def handle_request(self, body: dict, request_id: str):
-        body = self.check(body, CHAT_FIELDS, "messages")
-        model_id, model, tokenizer = self._resolve_model(body)
-        use_cb = self.generation_state.use_continuous_batching(model, Modality.LLM)
-        manager = self.generation_state.get_manager(model_id, use_cb=use_cb)
-        # In a thread: a text of some megabytes takes seconds, and the other requests are not to wait for it.
-        encoded = await asyncio.to_thread(
-            encode_chat,
-            tokenizer,
-            plain_messages(body["messages"]),
-            tools=body.get("tools"),
-            add_generation_prompt=True,
-            **(self.chat_template_kwargs | body.get("chat_template_kwargs", {})),
-        )
-        ids = encoded["input_ids"]
-        body["_room"] = self.room(len(ids))
-        inputs = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        if not use_cb:
-            inputs = BatchEncoding({name: [row] for name, row in inputs.items()}, tensor_type="pt").to(model.device)
-        settings = self._build_generation_config(body, model.generation_config, use_cb=use_cb)
-        if use_cb:
-            manager.init_cb(model, settings)
-        parser = AnswerParser(tokenizer, ids)
-        if body.get("stream"):
-            generation = _Generation(manager, parser)
-            return self._streaming(request_id, model, tokenizer, model_id, inputs, settings, generation)
-        _, _, written = await manager.generate_non_streaming(model, tokenizer, inputs, settings, request_id=request_id)
-        answer = self._whole_answer(request_id, model_id, parser, written, len(ids), settings.max_new_tokens)
-        return JSONResponse(answer)
-
-    def _whole_answer(
-        self, request_id, model_id, parser: AnswerParser, written, prompt_tokens: int, limit: int
-    ) -> dict:
-        """The answer with the generated ids `written` (a tensor or list), as the API has it."""
-        pieces = [piece for token in written for piece in parser.feed(int(token))]
-        calls = [piece for piece in pieces if isinstance(piece, AnswerCall)]
-        texts = [piece for piece in pieces if isinstance(piece, AnswerText)]
-        return self._build_completion(
-            request_id,
-            "".join(piece.text for piece in texts if not piece.is_reasoning),
-            model_id,
-            finish_reason="tool_calls" if calls else "length" if len(written) >= limit else "stop",
-            usage=CompletionUsage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=len(written),
-                total_tokens=prompt_tokens + len(written),
-            ),
-            tool_calls=[
-                {"id": f"{request_id}_tool_call_{i}", "type": "function", "function": call._asdict()}
-                for i, call in enumerate(calls)
-            ]
-            or None,
-            reasoning_content="".join(piece.text for piece in texts if piece.is_reasoning) or None,
-        )
-
-
-class PromptHandler(_Limits, CompletionHandler):
-    """Completions of a prompt as it is."""
-
-    async def handle_request(self, body: dict, request_id: str):
-        body = self.check(body, COMPLETION_FIELDS, "prompt")
-        for unused in ("n", "user"):
-            body.pop(unused, None)
-        encoded = await asyncio.to_thread(self.model_manager.tokenizer, body["prompt"])
-        body["_room"] = self.room(len(encoded["input_ids"]))
-        return await super().handle_request(body, request_id)
-
-    def _validate_request(self, body: dict) -> None:
-        """Done by `check_request`."""
-
-
-# ---------------------------------------------------------------- the server
-
-
-class OneModel:
-    """The model manager of a server that has one model and loads no other."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.force_model = name
-
-    def process_model_name(self, name: str) -> str:
-        return name
-
-    def load_model_and_processor(self, name: str, gguf_file: str | None = None):
-        return self.model, self.tokenizer
-
-    def get_model_modality(self, model, processor=None) -> Modality:
-        return Modality.LLM
-
-
-def build_app(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str = "deepseek",
-    continuous_batching: ContinuousBatchingConfig | None = None,
-    thinking: bool = False,
-) -> FastAPI:
-    """The web application.
-
-    Args:
-        model, tokenizer: what is served.
-        name: what requests call the model.
-        continuous_batching: settings of its paged cache; None answers one request after the other.
-        thinking: whether answers begin with thinking where a request does not say.
-    """
-    tokenizer.response_template = None  # with one, transformers' handler would parse the text of the prompt
-    manager = OneModel(model, tokenizer, name)
-    state = GenerationState(continuous_batching=continuous_batching is not None, cb_config=continuous_batching)
-    chat = ChatHandler(manager, state, chat_template_kwargs={"thinking": thinking})
-    completion = PromptHandler(manager, state)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI):
-        yield
-        state.shutdown()
-
-    app = FastAPI(lifespan=lifespan)
-
-    @app.exception_handler(CBWorkerDeadError)
-    async def worker_died(request: Request, error: CBWorkerDeadError):
-        return JSONResponse({"error": {"message": str(error), "type": "server_error"}}, status_code=503)
-
-    async def answer(handler, request: Request):
-        # The id is ours: with one that a client chooses, two requests could be taken for one.
-        request_id = str(uuid.uuid4())
-        try:
-            body = await asyncio.wait_for(_read_json(request), BODY_SECONDS)
-            return await handler.handle_request(body, request_id)
-        except asyncio.TimeoutError:  # until Python 3.11 not the builtin one
-            return _refusal(408, f"the request did not arrive within {BODY_SECONDS} seconds")
-        except ClientDisconnect:
-            return _refusal(400, "the client went away")  # to nobody
-        except ValueError as error:
-            return _refusal(400, str(error))
-        except HTTPException as error:
-            return _refusal(error.status_code, str(error.detail))
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request):
-        return await answer(chat, request)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request):
-        return await answer(completion, request)
-
-    @app.get("/v1/models")
-    async def models():
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}]}
-
-    @app.get("/health")
-    async def health():
-        alive = state.is_cb_alive()
-        return JSONResponse({"status": "ok" if alive else "unhealthy"}, status_code=200 if alive else 503)
-
-    return app
-
-
-async def _read_json(request: Request) -> object:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
-    try:
-        return json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the request is not JSON: {error}") from error
-
-
-def _refusal(status: int, message: str) -> JSONResponse:
-    message = message.encode("utf-8", "backslashreplace").decode("utf-8")  # it may quote what has no UTF-8
-    content = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-    return JSONResponse(content, status_code=status)
+API_KEY_VARIABLE = "SERVE_API_KEY"
+SHUTDOWN_SECONDS = 10  # for answers that are being written when the server is told to stop
 
 
 # ---------------------------------------------------------------- command line
@@ -450,53 +37,232 @@ def _refusal(status: int, message: str) -> JSONResponse:
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="folder or Hub name (default: the adapter's base model, or this repository)")
-    parser.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on the model")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run")
-    parser.add_argument(
+    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", help="folder or Hub name (default: the adapter's base model, or this repository)")
+    model.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on the model")
+    model.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run")
+    model.add_argument(
         "--dtype", default="auto", help="of the weights, for instance float32 (default: the checkpoint's)"
     )
-    parser.add_argument("--device", help="for instance cpu, cuda or auto (default: cpu)")
-    parser.add_argument("--name", default="deepseek", help="what requests call the model (default deepseek)")
-    parser.add_argument("--thinking", action="store_true", help="think where a request does not say")
-    parser.add_argument(
-        "--temperature", type=float, help="where a request does not say; 0 is greedy (default: the model's)"
+    model.add_argument("--device", help="for instance cpu, cuda or auto (default: cpu)")
+    model.add_argument("--name", default="deepseek", help="what requests call the model (default deepseek)")
+    answers = parser.add_argument_group("answers", "where a request does not say")
+    answers.add_argument("--thinking", action="store_true", help="think before answering")
+    answers.add_argument(
+        "--temperature", type=_number(0, 2), help="of sampling, 0 to 2; 0 is greedy (default: the model's)"
     )
-    parser.add_argument("--host", default="localhost", help="address to listen at (default localhost)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default 8000)")
+    network = parser.add_argument_group("the network")
+    network.add_argument(
+        "--host", default="localhost", help="address to listen at (default localhost); others need an API key"
+    )
+    network.add_argument("--port", type=_whole(1, 65535), default=8000, help="port to listen at (default 8000)")
+    network.add_argument(
+        "--api-key",
+        help=f"what requests must bring as Authorization: Bearer; better in the environment, as {API_KEY_VARIABLE}",
+    )
+    network.add_argument(
+        "--allowed-hosts",
+        help="names for the server in requests' Host header, with commas between them (default: this machine's own "
+        "names, and any with an address that is not this machine's own)",
+    )
+    network.add_argument("--quiet", action="store_true", help="no line for each request")
     batching = parser.add_argument_group(
-        "continuous batching", "requests share forward passes, and the server's sampling settings"
+        "continuous batching",
+        "requests share forward passes, but those with penalties, biases, min_p, seeds, logprobs or a schema, which are "
+        "answered one after the other beside the others",
     )
     batching.add_argument("--continuous-batching", action="store_true")
-    batching.add_argument("--cache-blocks", type=int, help="blocks of the paged cache (default: from the free memory)")
     batching.add_argument(
-        "--batch-tokens", type=int, help="most tokens of a forward pass (default: from the free memory)"
+        "--cache-blocks", type=_whole(1, 2**31 - 1), help="blocks of the paged cache (default: from the free memory)"
+    )
+    batching.add_argument(
+        "--batch-tokens",
+        type=_whole(1, 2**31 - 1),
+        help="most tokens of a forward pass (default: from the free memory)",
+    )
+    alone = parser.add_argument_group("one after the other", "what is not batched")
+    alone.add_argument(
+        "--kept-caches",
+        type=_whole(0, 10_000),
+        default=4,
+        help="chats whose cache is kept, so that a next turn reads only what is new (default 4)",
     )
     return parser
 
 
+def _number(low: float, high: float):
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+
+    return number
+
+
+def _whole(low: int, high: int):
+    def whole(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    return whole
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, checked among one another; `api_key` and `allowed_hosts` as the server wants them."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for option in ("cache_blocks", "batch_tokens"):
+        if getattr(args, option) is not None and not args.continuous_batching:
+            parser.error(f"--{option.replace('_', '-')} is for --continuous-batching; give both or none")
+    if not args.name:
+        parser.error("--name is empty; it is what requests call the model")
+    key = args.api_key if args.api_key is not None else os.environ.get(API_KEY_VARIABLE)
+    if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
+        parser.error("the API key must be at least one printable ASCII character, without spaces")
+    if key is None and not is_loopback(args.host):
+        parser.error(
+            f"--host {args.host} lets other machines in; set {API_KEY_VARIABLE} in the environment (or --api-key) to "
+            "what they must bring, or leave --host out"
+        )
+    args.api_key = key
+    if args.allowed_hosts is not None:
+        args.allowed_hosts = tuple(host.strip() for host in args.allowed_hosts.split(",") if host.strip())
+        if not args.allowed_hosts:
+            parser.error('--allowed-hosts is empty; name hosts, or "*" for any')
+    return args
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets at all addresses that the host has.
+
+    Raises:
+        OSError: another program has the port, or the host is not this machine.
+    """
+    sockets, reason = [], None
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        try:
+            listener = socket.socket(family, kind, protocol)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if os.name == "posix":  # elsewhere it would share the port with another program
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)  # now, so that a second server finds the port taken
+            sockets.append(listener)
+        except OSError as error:
+            listener.close()
+            reason = error
+            if error.errno == errno.EADDRINUSE:
+                break
+    if reason is not None and (not sockets or reason.errno == errno.EADDRINUSE):
+        for listener in sockets:
+            listener.close()
+        raise OSError(f"cannot listen at {host}, port {port}: {reason.strerror}; give another --host or --port")
+    return sockets
+
+
+# ---------------------------------------------------------------- the server
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    args = parse_arguments(argv)
+    try:
+        sockets = listen(args.host, args.port)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    # Only now, since they take seconds: wrong arguments and a port that is taken are said at once.
+    with extra("serve"):
+        import uvicorn
+
+        from serving.app import LOOPBACK_HOSTS, Service
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("serve").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    hosts = args.allowed_hosts or ((*LOOPBACK_HOSTS, args.host) if is_loopback(args.host) else ("*",))
+    service = Service(args.name, args.thinking, args.api_key, hosts)
+    # Answers are ended by the service, in their protocol; what is left a little later, by force.
+    grace = SHUTDOWN_SECONDS + 2
+    config = uvicorn.Config(service.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
+    server = uvicorn.Server(config)
+    errors: list[BaseException] = []
+
+    def prepare() -> None:
+        try:
+            load_into(service, args)
+        except BaseException as error:
+            errors.append(error)
+            server.should_exit = True
+
+    def end_answers() -> None:
+        while not server.should_exit:
+            time.sleep(0.2)
+        time.sleep(SHUTDOWN_SECONDS)
+        service.stop()
+
+    print(f"loading {args.model or args.adapter or 'the model of this folder'}", flush=True)
+    threading.Thread(target=prepare, daemon=True, name="load").start()
+    threading.Thread(target=end_answers, daemon=True, name="stop").start()
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=sockets)
+    if errors and not isinstance(errors[0], (ValueError, OSError, RuntimeError, ImportError)):
+        raise errors[0]
+    if errors:
+        print(f"error: {errors[0]}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def load_into(service, args: argparse.Namespace) -> None:
+    """Load the model into the service and say how it is reached.
+
+    Raises:
+        ValueError, OSError: it cannot be loaded or served.
+    """
+    with extra("serve"):
+        from transformers import ContinuousBatchingConfig
+        from transformers.utils import logging as transformers_logging
+
+        from common.loading import load
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model, tokenizer = load(args.model, args.adapter, args.trust_remote_code, args.dtype, args.device)
+    if args.temperature is not None:
+        model.generation_config.do_sample = args.temperature > 0
+        model.generation_config.temperature = args.temperature or None
     batching = None
     if args.continuous_batching:
         batching = ContinuousBatchingConfig(
             num_blocks=args.cache_blocks, max_batch_tokens=args.batch_tokens, auto_switch_to_flash=False
         )
-    try:
-        model, tokenizer = load(args.model, args.adapter, args.trust_remote_code, args.dtype, args.device)
-        if args.temperature is not None:
-            model.generation_config.do_sample = args.temperature > 0
-            model.generation_config.temperature = args.temperature or None
-        app = build_app(model, tokenizer, args.name, batching, args.thinking)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
-    return 0
+    service.attach(model, tokenizer, batching, args.kept_caches)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}/v1"
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if args.api_key else ""
+    print(
+        f"serving {args.name} at {address}: {count / 1e6:,.1f} million parameters, {model.dtype} on {model.device}, "
+        f"context {service.context} tokens\n"
+        f"  {'requests share forward passes' if batching else 'one request after the other'}, "
+        f"{'with' if args.api_key else 'without'} an API key; Ctrl-C ends it. Try:\n"
+        f"  curl {address}/chat/completions -H 'Content-Type: application/json'{key} "
+        '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def load(
         dtype, device: as `dtype` and `device_map` in `from_pretrained`.
 
     Raises:
-        ValueError, OSError: something is missing, damaged or does not fit; weights are read from safetensors only.
+        ValueError, OSError: something is missing, damaged or does not fit, weights among it, which would else be random
+            numbers, or weights are no numbers (NaN); weights are read from safetensors only.
     """
     check_device(device)
     if adapter is not None:
@@ -130,13 +131,21 @@ def load(
             raise ValueError(f"{adapter} has no adapter_config.json of an adapter: {error}") from error
     model = model or str(ROOT)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    loaded = load_model(model, trust_remote_code, dtype=dtype, device_map=device, use_safetensors=True)
+    options = {"dtype": dtype, "device_map": device, "use_safetensors": True, "output_loading_info": True}
+    loaded, found = load_model(model, trust_remote_code, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{model} lacks {_listed(missing)}; without them the model would have random numbers there. Get the whole "
+            "checkpoint"
+        )
     if adapter is not None:
         cached_file(adapter, "adapter_model.safetensors")  # an OSError if there is none: PEFT would read a pickle then
         try:
             loaded = PeftModel.from_pretrained(loaded, adapter)
         except Exception as error:  # PEFT's are of many types
             raise ValueError(f"{adapter} is damaged, or no adapter for {model}: {error}") from error
+    if damaged := _not_numbers(loaded):
+        raise ValueError(f"{adapter or model} has weights that are no numbers (NaN or infinite): {_listed(damaged)}")
     return loaded, tokenizer
 
 
@@ -162,6 +171,29 @@ def check_device(device: str | None) -> None:
             f"--device is {device!r}, and torch {torch.__version__} finds {', '.join(here)} here; "
             f"name one of these, or {', '.join(DEVICE_MAPS)}"
         )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _not_numbers(model: PreTrainedModel) -> list[str]:
+    """Names of weights with numbers that are none. Of quantised ones, whose classes do not tell, none is named."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if type(weight.data) is torch.Tensor
+        and not weight.is_meta
+        and weight.is_floating_point()
+        and not _is_finite(weight.data)
+    ]
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # A float8 has no comparison of its own; part by part, since the copy is larger.
+    parts = weight.flatten().split(2**24)
+    return all(bool((part if part.element_size() > 1 else part.float()).isfinite().all()) for part in parts)
 
 
 def foreign_code(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from finetune import evaluate as finetune_evaluate, merge, models
 from finetune.data import write_jsonl
 from finetune.lora import add_lora
 from pretrain import train
+from serving.app import Service
 from tools import evaluate, publish
 
 NAME = "deepseek-ai/DeepSeek-Tiny"
@@ -158,11 +159,9 @@ def test_fine_tuning_evaluation(hub, tmp_path, capsys):
 def test_chat_and_server(hub, monkeypatch):
     hub()
     loaded, load = [], loading.load
-    for module in (loading, serve):
-        monkeypatch.setattr(module, "load", lambda *arguments: loaded.append(load(*arguments)) or loaded[-1])
-    monkeypatch.setattr(serve.uvicorn, "run", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(loading, "load", lambda *arguments: loaded.append(load(*arguments)) or loaded[-1])
     assert chat.main(["--model", NAME, "--prompt", "Hi", "--max-new-tokens", "2"]) in (0, chat.CUT)
-    assert serve.main(["--model", NAME]) == 0
+    serve.load_into(Service(), serve.parse_arguments(["--model", NAME]))
     assert [is_ours(model) for model, _ in loaded] == [True, True]
 
 

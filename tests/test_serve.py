@@ -1,8 +1,10 @@
-"""The server: transformers' handlers around one model, with the `openai` client and with hostile requests."""
+"""The server, with the `openai` client and with hostile requests."""
 
+import asyncio
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,11 +19,18 @@ import torch
 import uvicorn
 from checks import ROOT
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from tiny import make_model
+from tiny import FAMILIES, make_model, make_tokens
 from tiny_chat import VOCAB_SIZE, add_tokenizer
 from transformers import AutoTokenizer, ContinuousBatchingConfig
 
 import serve
+import serving.app
+from common.loading import load
+from serving.app import Service
+from serving.engine import BatchingEngine, Engine, KeptCaches, twin
+from serving.protocol import CHAT_FIELDS, Sampling
+from serving.texts import StopFinder
+from tokenization.answers import TokenStream
 from tokenization.plain import PlainEncoder
 from tokenization.safe_chat import encode_chat
 
@@ -39,15 +48,18 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(add_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def _start(tokenizer, continuous_batching=None, **overrides):
+def _start(tokenizer, continuous_batching=None, service=None, **overrides):
     """A server in this process -> (model, client, function that stops it)."""
+    service = service or Service()
     model = make_model("v3", vocab_size=VOCAB_SIZE, **overrides)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.do_sample = False
     port = free_port()
-    app = serve.build_app(model, tokenizer, continuous_batching=continuous_batching)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    service.attach(model, tokenizer, continuous_batching)
+    server = uvicorn.Server(
+        uvicorn.Config(service.app(), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=2)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -128,8 +140,71 @@ def test_continuous_batching(batching, tokenizer):
     attention = model.config._attn_implementation
     assert answers == [expected_answer(model, tokenizer, text) for text in texts]
     assert attention == "sdpa"
-    with pytest.raises(openai.BadRequestError, match="temperature"):
-        ask(client, "Hello", temperature=0.5)
+
+
+# What cannot be batched and is answered beside the batch.
+BESIDE = [
+    {"logprobs": True},
+    {"seed": 1, "temperature": 2.0},
+    {"presence_penalty": 1.0},
+    {"frequency_penalty": -1.0},
+    {"logit_bias": {"5": 3.0}},
+    {"extra_body": {"min_p": 0.1}},
+    {"extra_body": {"repetition_penalty": 1.5}},
+    {"seed": 2, "temperature": 1.0, "top_p": 0.9},
+]
+
+
+def test_a_server_that_batches_takes_all_fields_of_all_at_once(served, batching, tokenizer):
+    """Requests that are batched and others, at the same time: each gets the answer that it gets alone."""
+    texts = [f"Hello {i}" for i in range(8)]
+    plain = [expected_answer(batching[0], tokenizer, text, 16) for text in texts]
+    alone = [written(ask(served[1], text, max_tokens=16, **more)) for text, more in zip(texts, BESIDE, strict=True)]
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(3):
+            beside = [pool.submit(ask, batching[1], t, max_tokens=16, **m) for t, m in zip(texts, BESIDE, strict=True)]
+            together = list(pool.map(lambda text: written(ask(batching[1], text, max_tokens=16)), texts))
+            assert together == plain
+            # Of a seed the random numbers are the same, but the two servers' models are two, with the same weights.
+            assert [written(one.result()) for one in beside] == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_shares_the_weights_and_nothing_else(family):
+    model = make_model(family)
+    other = twin(model)
+    tokens = make_tokens(1, 9)
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+    for mine, others in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert mine.data_ptr() == others.data_ptr()
+    assert model.config is not other.config
+    assert {id(module.config) for module in model.modules() if hasattr(module, "config")}.isdisjoint(
+        id(module.config) for module in other.modules() if hasattr(module, "config")
+    )
+
+
+@pytest.mark.parametrize("family", ["nsa", "v32"])
+def test_a_model_that_cannot_batch_is_refused_before_the_first_request(family, tokenizer):
+    model = make_model(family, vocab_size=VOCAB_SIZE)
+    with pytest.raises(ValueError, match="--continuous-batching"):
+        Service().attach(model, tokenizer, ContinuousBatchingConfig())
+
+
+def test_settings_of_a_model_that_are_not_known_are_refused(tokenizer):
+    model = make_model("v3", vocab_size=VOCAB_SIZE)
+    model.generation_config.typical_p = 0.5
+    with pytest.raises(ValueError, match="typical_p"):
+        Service().attach(model, tokenizer)
+
+
+def test_what_is_batched(batching):
+    engine = BatchingEngine(batching[0], ContinuousBatchingConfig())
+    assert engine.takes(Sampling(5))
+    assert engine.takes(Sampling(5, temperature=0.0, seed=1))
+    assert engine.takes(Sampling(5, temperature=0.7, top_p=0.9, top_k=5, min_p=0.0, repetition_penalty=1.0))
+    for more in ({"seed": 1, "temperature": 1.0}, {"min_p": 0.1}, {"logprobs": 0}, {"presence_penalty": 0.1}):
+        assert not engine.takes(Sampling(5, **more))
+    assert not engine.takes(Sampling(0))
 
 
 def test_completions(served, tokenizer):
@@ -199,7 +274,9 @@ def test_no_text_of_a_prompt_is_the_models_answer(chat, thinking, new_tokens, wo
     """Streamed or not, an answer is what was generated: neither a tool's text nor an earlier call comes back."""
     model, client = wordy
     messages, tools = HOSTILE_CHATS[chat], [HOSTILE_TOOL]
-    encoded = encode_chat(tokenizer, messages, tools=tools, thinking=thinking, add_generation_prompt=True)
+    continued = messages[-1]["role"] == "assistant"
+    ends = {"add_generation_prompt": not continued, "continue_final_message": continued}
+    encoded = encode_chat(tokenizer, messages, tools=tools, thinking=thinking, **ends)
     ids = torch.tensor([encoded["input_ids"]])
     generated = model.generate(ids, do_sample=False, max_new_tokens=new_tokens)[0, ids.shape[1] :].tolist()
     assert not set(generated) & set(tokenizer.added_tokens_decoder), "the test's model writes a control token"
@@ -386,7 +463,716 @@ def test_an_error_in_a_stream_is_one_event(served, monkeypatch):
 
     monkeypatch.setattr(model, "generate", fail)
     with client.chat.completions.with_streaming_response.create(**GOOD, stream=True) as response:
-        assert json.loads(list(response.iter_lines())[-2].removeprefix("data: ")) == {"error": message}
+        *_, event, _, done, _ = response.iter_lines()
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert error == {"message": message, "type": "server_error", "param": None, "code": None}
+    assert done == "data: [DONE]"
+
+
+# ---------------------------------------------------------------- the protocol
+
+# Tokens of the tests' tokenizer; all are different, and two of them are needed for "lo" and for the end of a word.
+WORDS = ["t", "h", "e", " ", "d", "o", "r", "."]
+
+
+def said(client, stream, **more):
+    """(content, why it ended) of an answer, streamed or not."""
+    body = {"model": "deepseek", "messages": [USER], "max_tokens": 20, "stream": stream, **more}
+    answer = client.chat.completions.create(**body)
+    if not stream:
+        return answer.choices[0].message.content, answer.choices[0].finish_reason
+    chunks = [chunk for chunk in answer if chunk.choices]
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0].finish_reason
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ([], ("the dor.", "stop")),
+        ("o", ("the d", "stop")),
+        (["dor"], ("the ", "stop")),  # of three tokens
+        (["he d", "e"], ("th", "stop")),  # the one that is complete first
+        (["e", "he"], ("t", "stop")),  # of two, the longer
+        (["e d"], ("th", "stop")),
+        (["doo", "dox"], ("the dor.", "stop")),  # begun and not ended
+        (["..", "r.x"], ("the dor.", "stop")),  # held back at the end
+        (["t"], ("", "stop")),
+        (["x"] * 16, ("the dor.", "stop")),
+    ],
+    ids=repr,
+)
+def test_an_answer_is_cut_before_a_stop_text(kind, stream, stop, expected, tokenizer, request):
+    model, client = request.getfixturevalue(kind)
+    with scripted(model, "</think>", [*WORDS, EOS], tokenizer):
+        assert said(client, stream, stop=stop) == expected
+
+
+@given(pieces=st.lists(st.text("ab", max_size=4), max_size=8), stops=st.lists(st.text("ab", min_size=1), max_size=3))
+def test_stop_texts_are_found_however_the_text_comes(pieces, stops):
+    text, finder = "".join(pieces), StopFinder(stops)
+    ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))]
+    cut = min(text[: ends[0]].rfind(s) for s in stops if text[: ends[0]].endswith(s)) if ends else len(text)
+    shown = ""
+    for piece in pieces:
+        shown += finder.feed(piece)
+        assert text[:cut].startswith(shown)
+    assert finder.found == bool(ends)
+    assert shown + finder.end() == text[:cut]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_word_beyond_a_stop_text_inside_a_token(served, tokenizer, stream):
+    """A token may hold a stop text and more."""
+    model, client = served
+    long = next(t for i in range(VOCAB_SIZE) if len(t := tokenizer.decode([i])) == 4 and t.isascii() and t.isalpha())
+    with scripted(model, "</think>", [" ", long, EOS], tokenizer):
+        assert said(client, stream, stop=long[1:3]) == (" " + long[0], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_thinking_and_frees_the_model(served, tokenizer, stream):
+    model, client = served
+    with scripted(model, "<think>", ["t", "h", "e", "</think>", "d", EOS], tokenizer):
+        body = {"messages": [USER], "stop": ["e"]}
+        assert complete(client, body, stream, thinking=True, max_tokens=20) == ("", "th", [], "stop")
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_white_space_at_the_ends_of_an_answer_is_kept(kind, stream, tokenizer, request):
+    model, client = request.getfixturevalue(kind)
+    with scripted(model, "</think>", ["\n", " ", "d", "\t", EOS], tokenizer):
+        assert said(client, stream) == ("\n d\t", "stop")
+
+
+def test_a_character_that_is_complete_is_not_lost_with_one_that_is_not(tokenizer):
+    """A token may end one character and begin another, and be the answer's last."""
+    texts = serving.app.TokenTexts(tokenizer)
+    pieces = {id: texts.bytes(id) for id in range(3, VOCAB_SIZE) if id not in tokenizer.added_tokens_decoder}
+    two = [id for id, b in pieces.items() if b.decode(errors="ignore") and b[-1] >= 0xC0 and b[:1].isascii()]
+    two += [id for id, b in pieces.items() if b[1:].decode(errors="ignore") and b[-1] >= 0xC0]
+    for id in two:
+        stream = TokenStream(tokenizer)
+        assert stream.feed(id) == ""
+        assert stream.end() == pieces[id].decode(errors="replace").rstrip("�")
+    assert two
+
+
+def events(client, path="chat/completions", **body):
+    """The data of a stream's events."""
+    import urllib.request
+
+    content = json.dumps({"model": "deepseek", "stream": True, **body}).encode()
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{client.base_url}{path}", content, headers), timeout=60) as r:
+        assert r.headers["Content-Type"].startswith("text/event-stream")
+        text = r.read().decode()
+    assert text.endswith("\n\n")
+    return [event.removeprefix("data: ") for event in text[:-2].split("\n\n")]
+
+
+@pytest.mark.parametrize("with_usage", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("chat/completions", {"messages": [USER]}), ("completions", {"prompt": "one"})],
+    ids=["chat", "completion"],
+)
+def test_a_stream_ends_with_done_and_tells_usage_when_asked(served, with_usage, path, body):
+    _, client = served
+    *chunks, done = events(client, path, max_tokens=3, stream_options={"include_usage": with_usage}, **body)
+    assert done == "[DONE]"
+    chunks = [json.loads(chunk) for chunk in chunks]
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    if not with_usage:
+        assert not any("usage" in chunk for chunk in chunks)
+        assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+        return
+    *chunks, last = chunks
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 3
+    assert last["usage"]["total_tokens"] == 3 + last["usage"]["prompt_tokens"]
+
+
+def test_ids_and_whole_answers_have_the_protocols_form(served, tokenizer):
+    model, client = served
+    with scripted(model, "</think>", [*A_CALL, "<｜tool▁calls▁end｜>", EOS], tokenizer):
+        status, answer = post(client, changed(max_tokens=20))
+    message = answer["choices"][0]["message"]
+    assert status == 200
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["object"] == "chat.completion"
+    assert (message["role"], message["content"], message["refusal"]) == ("assistant", None, None)
+    assert message["tool_calls"][0]["id"].startswith("call_")
+    status, answer = post(client, json.dumps({"prompt": "a", "max_tokens": 1}).encode(), "completions")
+    assert answer["id"].startswith("cmpl-")
+    assert answer["object"] == "text_completion"
+
+
+# Fields with the values that ordinary clients send with every request, or that ask for what is done anyway.
+ORDINARY = {
+    "stream_options": {"include_usage": True},
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "response_format": {"type": "text"},
+    "logit_bias": {},
+    "store": False,
+    "metadata": {"trace": "1"},
+    "reasoning_effort": "none",
+    "logprobs": False,
+    "top_logprobs": 0,
+    "n": 1,
+    "user": "someone",
+    "seed": 1,
+    "service_tier": "auto",
+    "max_completion_tokens": 2,
+    "stop": [],
+    "top_k": -1,
+    "min_p": 0.0,
+    "modalities": ["text"],
+    "verbosity": "medium",
+    "safety_identifier": "x",
+    "prompt_cache_key": "x",
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+}
+
+
+def test_fields_with_ordinary_values_and_null_fields_change_nothing(served, tokenizer):
+    model, client = served
+    expected = expected_answer(model, tokenizer, "Hi", 2)
+    for body in (ORDINARY, dict.fromkeys(ORDINARY)):
+        status, answer = post(client, changed(**{"max_tokens": 2, **body}))
+        assert status == 200, answer
+        assert answer["choices"][0]["message"]["content"].rstrip("�") == expected
+    names = set(ORDINARY) | {
+        "model",
+        "messages",
+        "stream",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "chat_template_kwargs",
+    }
+    assert names == set(CHAT_FIELDS), "each field has an ordinary value here"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("store", True),
+        ("service_tier", "flex"),
+        ("modalities", ["text", "audio"]),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("top_logprobs", 5),  # without logprobs
+        ("top_logprobs", 21),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {str(VOCAB_SIZE): 1}),
+        ("n", 33),
+        ("n", True),
+        ("seed", True),
+        ("top_k", 1.5),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("metadata", {"a": 1}),
+        ("stream_options", {"include": True}),
+        ("reasoning_effort", "most"),
+        ("response_format", {"type": "xml"}),
+        ("continue_final_message", True),
+        ("add_generation_prompt", False),
+        ("functions", []),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_cannot_be_done_is_refused_by_name(served, field, value):
+    _, client = served
+    status, answer = post(client, changed(**{field: value}))
+    assert status == 400
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["param"] == field
+    assert field in answer["error"]["message"]
+
+
+def test_an_unknown_model_is_not_found(served):
+    _, client = served
+    for call in (
+        lambda: client.models.retrieve("another/model"),
+        lambda: client.chat.completions.create(model="another/model", messages=[USER]),
+        lambda: client.completions.create(model="another/model", prompt="x"),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert caught.value.code == "model_not_found"
+        assert caught.value.param == "model"
+    assert client.models.retrieve("deepseek").id == "deepseek"
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v1/chat", "/docs", "/redoc", "/openapi.json", "/"])
+def test_other_paths_are_errors_of_the_protocol(served, path):
+    _, client = served
+    status, answer = post(client, b"{}", f"..{path}")
+    assert status in (404, 405)
+    assert path in answer["error"]["message"]
+
+
+NULLS = {"refusal": None, "audio": None, "function_call": None, "annotations": None, "tool_calls": None}
+
+
+def test_messages_as_client_libraries_give_them_back(served, tokenizer):
+    """What was answered is sent again with null fields; developers are systems; parts are one text."""
+    model, client = served
+    plain = [{"role": "system", "content": "S"}, USER, {"role": "assistant", "content": "A"}, USER]
+    given = [
+        {"role": "developer", "content": [{"type": "text", "text": "S"}], "name": None},
+        {**USER, "name": None},
+        {**NULLS, "role": "assistant", "content": "A", "reasoning_content": None},
+        USER,
+    ]
+    answers = [client.chat.completions.create(model="deepseek", messages=m, max_tokens=8) for m in (plain, given)]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+    with scripted(model, "</think>", [*A_CALL, "<｜tool▁calls▁end｜>", EOS], tokenizer):
+        message = client.chat.completions.create(model="deepseek", messages=[USER], max_tokens=20).choices[0].message
+    chat = [USER, message.model_dump(), {"role": "tool", "content": "3", "tool_call_id": message.tool_calls[0].id}]
+    with scripted(model, "<｜tool▁output▁end｜>", ["3", EOS], tokenizer):
+        assert said(client, False, messages=chat) == ("3", "stop")
+    status, answer = post(client, changed(messages=[{**USER, "audio": {"id": "x"}}]))
+    assert (status, answer["error"]["param"]) == (400, "messages")
+
+
+# ---------------------------------------------------------------- what requests ask of the sampling
+
+
+def ids_of(prompt, tokenizer):
+    return torch.tensor([encode_chat(tokenizer, prompt, add_generation_prompt=True)["input_ids"]])
+
+
+def test_logprobs_are_the_models(served, tokenizer):
+    model, client = served
+    answer = ask(client, "Hello", logprobs=True, top_logprobs=3, max_tokens=4, frequency_penalty=1.0)
+    entries = answer.choices[0].logprobs.content
+    ids = ids_of([{"role": "user", "content": "Hello"}], tokenizer)
+    texts = serving.app.TokenTexts(tokenizer)
+    seen = b""
+    for entry in entries:
+        row = model(ids).logits[0, -1].log_softmax(-1)
+        assert entry.logprob == pytest.approx(row[_id(entry, texts, row)].item(), abs=1e-4)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+        assert [top.logprob for top in entry.top_logprobs] == sorted(
+            (t.logprob for t in entry.top_logprobs), reverse=True
+        )
+        ids = torch.cat((ids, torch.tensor([[_id(entry, texts, row)]])), dim=1)
+        seen += bytes(entry.bytes)
+    assert seen.decode(errors="replace").startswith(written(answer))
+    assert written(answer)
+    chunks = list(
+        ask(client, "Hello", logprobs=True, top_logprobs=3, max_tokens=4, frequency_penalty=1.0, stream=True)
+    )
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices and chunk.choices[0].logprobs]
+    assert [entry.token for part in parts for entry in part.content] == [entry.token for entry in entries]
+
+
+def _id(entry, texts, row):
+    (found,) = [i for i in range(len(row)) if texts.bytes(i) == bytes(entry.bytes) and texts.name(i) == entry.token]
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_cut_answer_and_of_content_only(served, tokenizer, stream):
+    model, client = served
+
+    def tokens(**more):
+        body = {"model": "deepseek", "messages": [USER], "max_tokens": 20, "logprobs": True, "stream": stream, **more}
+        answer = client.chat.completions.create(**body)
+        choices = [c.choices[0] for c in answer] if stream else answer.choices
+        return [entry.token for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+
+    with scripted(model, "</think>", [*WORDS, EOS], tokenizer):
+        assert tokens() == WORDS
+        assert tokens(stop=["dor"]) == WORDS[:4]
+        assert tokens(stop=["r.x"]) == WORDS
+    with scripted(model, "<think>", ["h", "</think>", "H", EOS], tokenizer):
+        assert tokens(extra_body={"chat_template_kwargs": {"thinking": True}}) == ["H"]
+
+
+def test_several_answers(served, tokenizer):
+    _, client = served
+    answer = ask(client, "Hello", n=3, temperature=2.0, seed=1)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in ask(client, "Hello", n=3, temperature=2.0, seed=1).choices]
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.prompt_tokens == ask(client, "Hello").usage.prompt_tokens
+    parts = {0: "", 1: "", 2: ""}
+    for chunk in ask(client, "Hello", n=3, temperature=2.0, seed=1, stream=True):
+        parts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert [part.rstrip("�") for part in parts.values()] == [text.rstrip("�") for text in texts]
+
+
+def test_several_answers_together(batching):
+    _, client = batching
+    texts = [choice.message.content for choice in ask(client, "Hello", n=3, temperature=2.0).choices]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+def test_settings_of_sampling_do_what_they_say(kind, request, tokenizer):
+    model, client = request.getfixturevalue(kind)
+    greedy = expected_answer(model, tokenizer, "Hello")
+    assert written(ask(client, "Hello", temperature=2.0, extra_body={"top_k": 1})) == greedy
+    assert written(ask(client, "Hello", temperature=2.0, top_p=1e-6)) == greedy
+    assert written(ask(client, "Hello", temperature=0)) == greedy
+    assert len({written(ask(client, "Hello", temperature=2.0)) for _ in range(4)}) > 1
+    assert written(ask(client, "Hello", temperature=2.0, extra_body={"min_p": 1.0})) == greedy
+    seeded = [written(ask(client, "Hello", temperature=2.0, seed=seed)) for seed in (3, 3, 4)]
+    assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_biases_and_penalties(served, tokenizer):
+    model, client = served
+    texts = serving.app.TokenTexts(tokenizer)
+    chosen = tokenizer.convert_tokens_to_ids("d")
+    assert ask(client, "Hello", logit_bias={str(chosen): 100}).choices[0].message.content == "d" * 8
+    favoured = {"logit_bias": {str(chosen): 8.0}}
+    assert ask(client, "Hello", **favoured).choices[0].message.content == "d" * 8
+    for penalty in (
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"extra_body": {"repetition_penalty": 10.0}},
+    ):
+        ids, expected = ids_of([{"role": "user", "content": "Hello"}], tokenizer), []
+        prompt_tokens = ids.shape[1]
+        for _ in range(8):
+            row = model(ids).logits[0, -1]
+            new = ids[0, prompt_tokens:]
+            if "extra_body" in penalty:
+                row = torch.where(
+                    torch.isin(torch.arange(VOCAB_SIZE), ids), torch.where(row < 0, row * 10, row / 10), row
+                )
+            counts = torch.bincount(new, minlength=VOCAB_SIZE)
+            row = (
+                row - penalty.get("presence_penalty", 0) * (counts > 0) - penalty.get("frequency_penalty", 0) * counts
+            )
+            row[chosen] += 3.0
+            expected.append(row.argmax().item())
+            ids = torch.cat((ids, row.argmax()[None, None]), dim=1)
+        answer = ask(client, "Hello", logit_bias={str(chosen): 3.0}, logprobs=True, **penalty)
+        assert [bytes(entry.bytes) for entry in answer.choices[0].logprobs.content] == [
+            texts.bytes(i) for i in expected
+        ]
+    assert set(ask(client, "Hello", presence_penalty=-2.0, **favoured).choices[0].message.content) == {"d"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_one_at_a_time_or_none(served, tokenizer, stream):
+    model, client = served
+    first = A_CALL
+    two = [*first, "<｜tool▁calls▁end｜>", "d", EOS]
+    with scripted(model, "</think>", two, tokenizer):
+        one = {"messages": [USER], "parallel_tool_calls": False}
+        assert complete(client, one, stream, max_tokens=20) == ("", "", [("f", "{}")], "tool_calls")
+        assert complete(client, {"messages": [USER]}, stream, max_tokens=20)[0] == "d"
+        none = {"messages": [USER], "tools": [HOSTILE_TOOL], "tool_choice": "none"}
+        assert complete(client, none, stream, max_tokens=20) == ("d", "", [], "stop")
+
+
+def test_effort_is_thinking(served, tokenizer):
+    model, client = served
+    with scripted(model, "<think>", ["h", "</think>", "H", EOS], tokenizer):
+        for effort in ("low", "medium", "high"):
+            message = (
+                client.chat.completions.create(
+                    model="deepseek", messages=[USER], reasoning_effort=effort, max_tokens=9
+                )
+                .choices[0]
+                .message
+            )
+            assert (message.reasoning_content, message.content) == ("h", "H")
+
+
+# ---------------------------------------------------------------- answers that match a schema
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 77}, "b": {"enum": ["no", "<｜User｜>", "你好"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def as_format(schema) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_answer_matches_its_schema(tokenizer, stream, thinking, seed, structured):
+    """The tests' model writes noise, here with a temperature that makes all tokens likely."""
+    model, client = structured
+    body = {"messages": [USER], "response_format": as_format(SCHEMA), "temperature": 2.0, "seed": seed}
+    with scripted(model, "<think>", ["h", "{", "</think>"], tokenizer):
+        content, reasoning, calls, ended = complete(client, body, stream, thinking, max_tokens=200)
+    assert (reasoning, calls, ended) == ("h{" if thinking else "", [], "stop")
+    value = json.loads(content)
+    assert 3 <= value["a"] <= 77
+    assert value["b"] in SCHEMA["properties"]["b"]["enum"]
+    assert set(value) == {"a", "b"}
+
+
+@pytest.fixture(scope="module")
+def structured(tokenizer):
+    pytest.importorskip("llguidance")
+    model, client, stop = _start(tokenizer)
+    yield model, client
+    stop()
+
+
+def test_an_answer_is_a_json_object(structured):
+    _, client = structured
+    answer = ask(client, "Hi", response_format={"type": "json_object"}, max_tokens=200, temperature=2.0, seed=1)
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer.choices[0].message.content), dict)
+    assert answer.choices[0].message.content.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [None, 3, [], {"type": "colour"}, {"$ref": "http://127.0.0.1/x"}, {"unevaluatedItems": {"type": "x"}}],
+    ids=repr,
+)
+def test_a_schema_that_cannot_be_kept_is_refused(structured, schema):
+    _, client = structured
+    status, answer = post(client, changed(response_format=as_format(schema)))
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert post(client, changed(response_format=as_format(SCHEMA), tools=tools))[0] == 400
+
+
+def test_json_without_its_library_is_refused_by_name(tokenizer, monkeypatch):
+    monkeypatch.setattr(serving.app, "_grammars", lambda *arguments: None)
+    _, client, stop = _start(tokenizer)
+    try:
+        status, answer = post(client, changed(response_format=as_format(SCHEMA)))
+    finally:
+        stop()
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert "'.[structured]'" in answer["error"]["message"]
+
+
+# ---------------------------------------------------------------- an answer that has begun
+
+
+@pytest.mark.parametrize("kind", ["served", "batching"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("said_so", [{}, {"continue_final_message": True, "add_generation_prompt": False}, "prefix"])
+def test_an_assistants_last_message_is_the_beginning_of_the_answer(kind, stream, said_so, tokenizer, request):
+    model, client = request.getfixturevalue(kind)
+    last = {"role": "assistant", "content": "He said:  d"} | ({"prefix": True} if said_so == "prefix" else {})
+    more = {"extra_body": said_so} if isinstance(said_so, dict) else {}
+    with scripted(model, "d", ["o", "r", EOS], tokenizer):
+        assert said(client, stream, messages=[USER, last], **more) == ("or", "stop")
+    continued = encode_chat(
+        tokenizer, [USER, {"role": "assistant", "content": "He said:  d"}], continue_final_message=True
+    )
+    assert tokenizer.decode(continued["input_ids"]).endswith("</think>He said:  d")
+    answer = client.chat.completions.create(model="deepseek", messages=[USER, last], max_tokens=1)
+    assert answer.usage.prompt_tokens == len(continued["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [USER], "continue_final_message": True},
+        {"messages": [USER, {"role": "assistant", "content": "A"}], "continue_final_message": False},
+        {"messages": [USER, {"role": "assistant", "content": "A"}], "add_generation_prompt": True},
+        {"messages": [USER, CALLING]},
+        {"messages": [USER, {"role": "assistant", "content": "A", "prefix": True}, USER]},
+        {"messages": [USER, {"role": "assistant", "content": "A", "prefix": 1}]},
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_continued_is_refused(served, body):
+    _, client = served
+    status, answer = post(client, changed(**body))
+    assert status == 400
+    assert answer["error"]["param"] in (*body, "messages")
+
+
+# ---------------------------------------------------------------- prompts as they are
+
+
+def forced(model, ids):
+    """Log-probabilities [S - 1, V] of what follows each token."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+
+
+def test_prompts_in_lists_and_as_ids(served, tokenizer):
+    _, client = served
+    texts = ["one two", "three", "the door"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    alone = [client.completions.create(model="deepseek", prompt=text, max_tokens=5).choices[0].text for text in texts]
+    for prompt in (texts, ids):
+        answer = client.completions.create(model="deepseek", prompt=prompt, max_tokens=5)
+        assert [choice.text for choice in answer.choices] == alone
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+    assert client.completions.create(model="deepseek", prompt=ids[1], max_tokens=5).choices[0].text == alone[1]
+    answer = client.completions.create(model="deepseek", prompt=texts[:2], n=2, max_tokens=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text == answer.choices[1].text
+    assert answer.usage.prompt_tokens == sum(map(len, ids[:2]))
+    parts = dict.fromkeys(range(3), "")
+    for chunk in client.completions.create(model="deepseek", prompt=texts, max_tokens=5, stream=True):
+        parts[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(parts.values()) == alone
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("prefill", [512, 3])
+@pytest.mark.parametrize("kind", ["served", "batching"])
+def test_echo_tells_the_scores_of_the_prompt(kind, request, tokenizer, monkeypatch, as_ids, prefill):
+    import serving.engine
+
+    monkeypatch.setattr(serving.engine, "PREFILL_TOKENS", prefill)
+    model, client = request.getfixturevalue(kind)
+    text = "the door, 你好 é."
+    ids = tokenizer(text)["input_ids"]
+    prompt = ids if as_ids else text
+    body = {"model": "deepseek", "prompt": prompt, "echo": True, "logprobs": 2}
+    whole = client.completions.create(**body, max_tokens=0).choices[0]
+    assert whole.text == text
+    assert whole.finish_reason == "length"
+    rows = forced(model, ids)
+    expected = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert whole.logprobs.token_logprobs[0] is None
+    assert whole.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    assert whole.logprobs.top_logprobs[0] is None
+    for top, row, value in zip(whole.logprobs.top_logprobs[1:], rows, expected, strict=True):
+        assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-4)
+        assert any(entry == pytest.approx(value, abs=1e-4) for entry in top.values())
+        assert 2 <= len(top) <= 3
+    texts = serving.app.TokenTexts(tokenizer)
+    assert whole.logprobs.tokens == [texts.name(id) for id in ids]
+    assert whole.logprobs.text_offset == sorted(whole.logprobs.text_offset)
+    for token, offset in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True):
+        assert token.startswith(("bytes:", "<")) or text[offset:].startswith(token)
+    longer = client.completions.create(**body, max_tokens=3).choices[0]
+    assert longer.logprobs.tokens[: len(ids)] == whole.logprobs.tokens
+    assert len(longer.logprobs.tokens) == len(ids) + 3
+    assert longer.text.startswith(text)
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**body, max_tokens=3, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == longer.text
+    streamed_tokens = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.tokens]
+    assert streamed_tokens == longer.logprobs.tokens
+
+
+def test_logprobs_and_stops_of_completions(served, tokenizer):
+    model, client = served
+    with scripted(model, "o", ["t", "h", "e", EOS], tokenizer):
+        body = {"model": "deepseek", "prompt": "o", "max_tokens": 9, "logprobs": 0}
+        choice = client.completions.create(**body).choices[0]
+        assert (choice.text, choice.logprobs.tokens, choice.finish_reason) == ("the", ["t", "h", "e", EOS], "stop")
+        assert choice.logprobs.text_offset == [0, 1, 2, 3]
+        choice = client.completions.create(**body, stop=["he"]).choices[0]
+        assert (choice.text, choice.logprobs.tokens, choice.finish_reason) == ("t", ["t"], "stop")
+        assert client.completions.create(model="deepseek", prompt="o").choices[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("suffix", "x"), ("best_of", 2), ("max_tokens", 0), ("logprobs", 21), ("logprobs", True), ("echo", 1)],
+)
+def test_what_cannot_be_done_for_a_prompt_is_refused(served, field, value):
+    _, client = served
+    status, answer = post(client, json.dumps({"prompt": "x", field: value}).encode(), "completions")
+    assert (status, answer["error"]["param"]) == (400, field)
+
+
+def test_a_token_that_the_model_lacks_is_refused(served):
+    _, client = served
+    status, answer = post(client, json.dumps({"prompt": [1, VOCAB_SIZE]}).encode(), "completions")
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+
+
+# ---------------------------------------------------------------- lm-eval
+
+
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_scores_of_lm_eval_are_those_of_the_model_itself(tokenizer, tokenized, tmp_path):
+    """`lm_eval --model local-completions` and `--model hf`."""
+    pytest.importorskip("tenacity", reason="lm-eval's API models need lm_eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model, client, stop = _start(tokenizer)
+    try:
+        tokenizer.save_pretrained(tmp_path)
+        ours = LocalCompletionsAPI(
+            base_url=f"{client.base_url}completions",
+            model="deepseek",
+            tokenizer=str(tmp_path),
+            tokenizer_backend="huggingface",
+            tokenized_requests=tokenized,
+            add_bos_token=True,  # as `hf` does where the tokenizer has it so
+            max_length=256,
+            batch_size=4,
+        )
+        theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=255, batch_size=1)
+        pairs = [
+            ("the door", " is"),
+            ("the door", " is open."),
+            ("one two", " three 你好"),
+            ("a é", "é é"),
+            ("1 + 1", " = 2"),
+        ]
+        tasks = {
+            "loglikelihood": pairs,
+            "loglikelihood_rolling": [(f"{context}{more}",) for context, more in pairs],
+            "generate_until": [(context, {"until": ["e", "o"], "max_gen_toks": 12}) for context, _ in pairs],
+        }
+        for kind, arguments in tasks.items():
+            instances = [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+            actual, expected = (getattr(lm, kind)(instances) for lm in (ours, theirs))
+            if kind == "generate_until":
+                assert [text.rstrip("�") for text in actual] == [text.rstrip("�") for text in expected]
+            elif kind == "loglikelihood":
+                assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+                assert [s for s, _ in actual] == pytest.approx([s for s, _ in expected], abs=1e-3)
+            else:
+                assert actual == pytest.approx(expected, abs=1e-3)
+    finally:
+        stop()
+
+
+def test_chats_of_lm_eval_are_those_of_the_model_itself(served, tokenizer):
+    """`lm_eval --model local-chat-completions`."""
+    pytest.importorskip("tenacity", reason="lm-eval's API models need lm_eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    model, client = served
+    theirs = LocalChatCompletion(base_url=f"{client.base_url}chat/completions", model="deepseek")
+    texts = ["Hello", "你好", "1 + 1"]
+    chats = [theirs.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+    requests = [Instance("generate_until", {}, (chat, {"max_gen_toks": 8}), i) for i, chat in enumerate(chats)]
+    expected = [expected_answer(model, tokenizer, text) for text in texts]
+    assert [text.rstrip("�") for text in theirs.generate_until(requests)] == expected
 
 
 # ---------------------------------------------------------------- hostile requests
@@ -443,7 +1229,7 @@ def changed(**fields) -> bytes:
         (changed(max_tokens=0), "max_tokens"),
         (changed(max_tokens=10**30), "max_tokens"),
         (changed(max_tokens=True), "max_tokens"),
-        (changed(stop=[]), "stop"),
+        (changed(stop=[""]), "stop"),
         (changed(stop=["x" * 10_000]), "stop"),
         (changed(stop="\ud800"), "stop"),
         (changed(stop=[[]]), "stop"),
@@ -468,7 +1254,11 @@ def test_malformed_requests_are_refused_and_the_next_works(served, content, name
     assert post(client, changed())[0] == 200
 
 
-@pytest.mark.parametrize("prompt", ["\ud800", "", ["a"], None, 3, {}], ids=repr)
+@pytest.mark.parametrize(
+    "prompt",
+    ["\ud800", "", [], [[]], ["a", ""], ["a", 1], [-1], [10**9], [[1], ["a"]], ["a"] * 300, None, 3, {}],
+    ids=lambda value: repr(value)[:20],
+)
 def test_malformed_prompts_are_refused(served, prompt):
     _, client = served
     status, answer = post(client, json.dumps({"model": "deepseek", "prompt": prompt}).encode(), "completions")
@@ -489,7 +1279,7 @@ def test_sampling_with_numbers_as_small_as_there_are(served, field, value):
 
 def test_a_request_of_any_size_is_cut_off(served, monkeypatch):
     _, client = served
-    monkeypatch.setattr(serve, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(serving.app, "MAX_BODY_BYTES", 1000)
     assert post(client, changed(user="x" * 2000))[0] == 413
     assert post(client, changed())[0] == 200
 
@@ -513,7 +1303,7 @@ _message = st.dictionaries(
 
 
 @given(
-    fields=st.dictionaries(st.sampled_from(sorted(serve.CHAT_FIELDS)), _junk, max_size=3),
+    fields=st.dictionaries(st.sampled_from(sorted(CHAT_FIELDS)), _junk, max_size=3),
     messages=st.lists(_message, max_size=3) | _junk,
 )
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -527,7 +1317,7 @@ def test_random_requests(served, fields, messages):
 
 # ---------------------------------------------------------------- one request and the others
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def connect(client, data: bytes) -> socket.socket:
@@ -560,7 +1350,7 @@ def test_slow_clients_hold_up_nobody_and_are_let_go(served, monkeypatch):
     _, client = served
     slow = [connect(client, HEAD + b"Content-Length: 100\r\n\r\n{") for _ in range(40)]
     assert post(client, changed())[0] == 200
-    monkeypatch.setattr(serve, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(serving.app, "BODY_SECONDS", 0.1)
     with connect(client, HEAD + b"Content-Length: 100\r\n\r\n{") as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
     for connection in slow:
@@ -578,14 +1368,14 @@ def test_clients_that_go_away_leave_no_error(served, caplog):
 
 def test_a_text_that_takes_long_to_encode_holds_up_nobody(served, monkeypatch):
     _, client = served
-    done, real = threading.Event(), serve.encode_chat
+    done, real = threading.Event(), serving.app.encode_chat
 
     def slow(tokenizer, messages, **more):
         if messages[0]["content"] == "slow":
             assert done.wait(60)
         return real(tokenizer, messages, **more)
 
-    monkeypatch.setattr(serve, "encode_chat", slow)
+    monkeypatch.setattr(serving.app, "encode_chat", slow)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(ask, client, "slow") for _ in range(3)]
         assert written(ask(client, "Hello"))
@@ -643,42 +1433,447 @@ def test_settings_of_one_request_do_not_reach_another(served, tokenizer):
     assert written(ask(client, "Hello")) == expected
 
 
+# ---------------------------------------------------------------- who may ask, and how much
+
+
+def answer_to(client, data: bytes) -> tuple[int, dict]:
+    """(status, content) of the answer to a request as bytes."""
+    with connect(client, data) as connection:
+        connection.settimeout(30)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+            head, _, body = received.partition(b"\r\n\r\n")
+            length = next(
+                (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), -1
+            )
+            if len(body) == length:
+                break
+    return int(head.split()[1]), json.loads(body)
+
+
+def http(path="/v1/chat/completions", content=b"{}", method="POST", **headers) -> bytes:
+    named = {"Host": "localhost", "Content_Type": "application/json", "Content_Length": len(content), **headers}
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in named.items() if value is not None]
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode() + content
+
+
+@pytest.mark.parametrize("size", [100_000, 20_000_000])
+def test_a_refusal_for_the_size_arrives(served, monkeypatch, size):
+    """The client sends all of it before it reads the answer, as most do."""
+    _, client = served
+    monkeypatch.setattr(serving.app, "MAX_BODY_BYTES", 1000)
+    status, answer = post(client, changed(user="x" * size))
+    assert status == 413
+    assert "1000 bytes" in answer["error"]["message"]
+    assert answer_to(client, http(content=changed(user="x" * size), Content_Type="text/plain"))[0] == 415
+
+
+def test_a_size_that_is_declared_is_refused_at_once(served):
+    _, client = served
+    assert answer_to(client, http(content=b"", Content_Length=10**12))[0] == 413
+
+
+def test_a_long_text_is_refused_before_it_is_tokenised(served, monkeypatch, tokenizer):
+    _, client = served
+    seen = []
+    real = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, text, *a, **k: seen.append(len(str(text))) or real(self, text, *a, **k),
+    )
+    text = "word " * 1_000_000
+    for path, body in (
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("chat/completions", {"messages": [USER, {"role": "tool", "content": text}]}),
+        ("chat/completions", {"messages": [USER], "tools": [{"name": "f", "description": text}]}),
+        ("completions", {"prompt": text}),
+        ("completions", {"prompt": ["a", text]}),
+    ):
+        status, answer = post(client, json.dumps(body).encode(), path)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert sum(seen) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": [USER] * 100_000}, "messages"),
+        ("chat/completions", {"messages": [USER], "tools": [{"name": "f"}] * 50_000}, "tools"),
+        ("chat/completions", {"messages": [USER], "stop": ["x"] * 50_000}, "stop"),
+        ("chat/completions", {"messages": [USER], "logit_bias": {str(i): 1 for i in range(50_000)}}, "logit_bias"),
+        ("completions", {"prompt": ["x"] * 50_000}, "prompt"),
+        ("completions", {"prompt": [1] * 1_000_000}, "prompt"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_lists_of_any_length_are_refused_soon(served, path, body, param):
+    _, client = served
+    start = time.perf_counter()
+    status, answer = post(client, json.dumps(body).encode(), path)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert len(answer["error"]["message"]) < 500
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:80", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("evil.example:8000", 403),
+        ("", 403),
+    ],
+)
+def test_only_names_of_this_machine_are_answered(served, host, status):
+    """A web page can give its own name the address of this machine; the Host header tells."""
+    _, client = served
+    assert answer_to(client, http(content=changed(), Host=host))[0] == status
+    assert answer_to(client, http("/v1/models", b"", "GET", Host=host))[0] == status
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+def test_what_a_web_page_can_post_unasked_is_refused(served, kind):
+    _, client = served
+    status, answer = answer_to(client, http(content=changed(), Content_Type=kind, Origin="http://evil.example"))
+    assert (status, answer["error"]["type"]) == (415, "invalid_request_error")
+    assert answer_to(client, http(content=changed(), Content_Type="application/JSON; charset=utf-8"))[0] == 200
+
+
+def test_no_other_origin_is_allowed(served):
+    import urllib.request
+
+    _, client = served
+    assert answer_to(client, http(method="OPTIONS", content=b"", Origin="http://evil.example"))[0] == 405
+    request = urllib.request.Request(f"{client.base_url}models", headers={"Origin": "http://evil.example"})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        assert not [name for name in response.headers if name.lower().startswith("access-control")]
+
+
+def test_an_api_key(tokenizer):
+    _, client, stop = _start(tokenizer, service=Service(api_key="secret", allowed_hosts=("*",)))
+    try:
+        for key in ("none", "Secret", "secre", "é"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert answer_to(client, http(content=changed(), **headers)) == (
+                401,
+                {
+                    "error": {
+                        "message": "the API key is missing or wrong; send it as Authorization: Bearer",
+                        "type": "invalid_request_error",
+                        "param": None,
+                        "code": "invalid_api_key",
+                    }
+                },
+            )
+        for path in ("/v1/models", "/metrics"):
+            assert answer_to(client, http(path, b"", "GET"))[0] == 401
+        assert answer_to(client, http("/health", b"", "GET")) == (200, {"status": "ok"})
+        with pytest.raises(openai.AuthenticationError):
+            ask(client, "Hello")
+        assert written(ask(client.with_options(api_key="secret"), "Hello"))
+        assert answer_to(client, http(content=changed(), Host="any.example", Authorization="bearer secret"))[0] == 200
+    finally:
+        stop()
+
+
+def test_a_request_that_its_client_left_is_not_written_on(served):
+    model, client = served
+    steps = []
+    handle = model.register_forward_hook(lambda module, args, output: steps.append(1))
+    try:
+        connection = connect(client, http(content=changed(max_tokens=220, temperature=1.0, logit_bias=NO_END)))
+        while not steps:
+            time.sleep(0.01)
+        connection.close()
+        ask(client, "Hello", max_tokens=1)
+    finally:
+        handle.remove()
+    assert len(steps) < 200
+
+
+NO_END = {"1": -100}  # the end token
+
+
+def test_a_server_that_loads_says_so(tokenizer):
+    service = Service()
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(service.app(), host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    try:
+        assert answer_to(client, http("/health", b"", "GET")) == (503, {"status": "loading"})
+        status, answer = post(client, changed())
+        assert (status, answer["error"]["type"]) == (503, "server_error")
+        assert [entry.id for entry in client.models.list()] == ["deepseek"]
+        service.attach(make_model("v3", vocab_size=VOCAB_SIZE), tokenizer)
+        assert answer_to(client, http("/health", b"", "GET")) == (200, {"status": "ok"})
+        assert post(client, changed())[0] == 200
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.mark.parametrize("paging", [None, {"page_size": 8, "num_blocks": 128, "max_batch_tokens": 64}], ids=repr)
+def test_a_server_that_is_told_to_stop_ends_open_streams(tokenizer, paging):
+    _, client, stop = _start(tokenizer, paging and ContinuousBatchingConfig(**paging), max_position_embeddings=100_000)
+    stream = ask(client, "Hello", stream=True, max_tokens=90_000, **({} if paging else {"logit_bias": NO_END}))
+    next(iter(stream))
+    start = time.perf_counter()
+    stop()
+    assert time.perf_counter() - start < 15
+
+
+def test_metrics_and_the_log(tokenizer, caplog):
+    import urllib.request
+
+    caplog.set_level("INFO", logger="serve")
+    _, client, stop = _start(tokenizer)
+    try:
+        usage = ask(client, "Secret words").usage
+        list(ask(client, "Secret words", stream=True))
+        post(client, b"{")
+        assert answer_to(client, http("/%1b[31mred"))[0] == 404
+        with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics"), timeout=20) as response:
+            assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            lines = response.read().decode().splitlines()
+    finally:
+        stop()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert values['serve_requests_total{path="/v1/chat/completions",status="200"}'] == "2"
+    assert values['serve_requests_total{path="/v1/chat/completions",status="400"}'] == "1"
+    assert values['serve_requests_total{path="other",status="404"}'] == "1"
+    assert values["serve_prompt_tokens_total"] == str(2 * usage.prompt_tokens)
+    assert values["serve_generated_tokens_total"] == "16"
+    assert values["serve_answers_running"] == values["serve_answers_waiting"] == "0"
+    assert {line.split()[2] for line in lines if line.startswith("# TYPE")} == {
+        name.partition("{")[0].removesuffix("_sum").removesuffix("_count") for name in values
+    }
+    messages = [record.getMessage() for record in caplog.records if record.name == "serve"]
+    assert len(messages) == 5
+    assert messages[0].startswith(f"POST /v1/chat/completions 200 {usage.prompt_tokens} tokens read, 8 written, ")
+    assert "Secret" not in caplog.text
+    assert "\x1b" not in caplog.text
+
+
+# ---------------------------------------------------------------- what is kept of earlier chats
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_next_turn_reads_only_what_is_new(family, tokenizer):
+    model = make_model(family, vocab_size=VOCAB_SIZE, max_position_embeddings=2048)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+    def expected(ids):
+        prompt = torch.tensor([ids])
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6)
+        return output[0, len(ids) :].tolist()
+
+    async def answer(engine, ids):
+        read, *tokens = [event async for event in engine.submit(ids, Sampling(max_tokens=6, temperature=0.0))]
+        assert [token.id for token in tokens] == expected(ids)
+        return read.cached_tokens, [token.id for token in tokens]
+
+    async def chat():
+        engine = Engine(model, kept_caches=2)
+        first, other = list(range(3, 90)), list(range(200, 230))
+        cached, written = await answer(engine, first)
+        assert cached == 0
+        second = first + written + list(range(100, 120))
+        assert (await answer(engine, second))[0] == len(first + written) - 1  # the last token written was never read
+        assert (await answer(engine, other))[0] == 0, "another chat's cache is of no use"
+        changed = [*second[:80], *range(150, 200)]
+        assert (await answer(engine, changed))[0] > 0
+        assert (await answer(engine, other[:20]))[0] == 19
+        engine.stop()
+
+    asyncio.run(chat())
+
+
+def test_the_cache_is_told_and_bounded(tokenizer):
+    _, client, stop = _start(tokenizer)
+    try:
+        chat = [{"role": "user", "content": "one two three four five six"}]
+        first = client.chat.completions.create(model="deepseek", messages=chat, max_tokens=4)
+        assert first.usage.prompt_tokens_details.cached_tokens == 0
+        again = client.chat.completions.create(model="deepseek", messages=chat, max_tokens=4)
+        assert again.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
+        assert again.choices[0].message.content == first.choices[0].message.content
+    finally:
+        stop()
+    kept = KeptCaches(make_model("v3").config, limit=2)
+    for i in range(5):
+        kept.give([i, i, i], kept.take([])[0])
+    assert [ids for ids, _ in kept._kept] == [[3, 3, 3], [4, 4, 4]]
+
+
+# ---------------------------------------------------------------- models that cannot be served
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan", "infinite"])
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    make_model("v3", vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    if damage == "missing":
+        del weights[name]
+    else:
+        weights[name][0, 0] = float("nan") if damage == "nan" else float("inf")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(name)):
+        load(str(tmp_path), None, False)
+
+
+def test_a_model_that_computes_no_numbers_is_an_error(served, monkeypatch):
+    model, client = served
+
+    def damage(module, args, output):
+        output.logits.fill_(float("nan"))
+
+    handle = model.register_forward_hook(damage)
+    try:
+        with pytest.raises(openai.InternalServerError, match="NaN"):
+            ask(client, "Something new")
+    finally:
+        handle.remove()
+    assert written(ask(client, "Hello"))
+
+
 # ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "2.5"], "--temperature"),
+        (["--port", "99999"], "--port"),
+        (["--port", "0"], "--port"),
+        (["--cache-blocks", "64"], "--continuous-batching"),
+        (["--batch-tokens", "64"], "--continuous-batching"),
+        (["--continuous-batching", "--cache-blocks", "0"], "--cache-blocks"),
+        (["--kept-caches", "-1"], "--kept-caches"),
+        (["--temp", "1"], "--temp"),
+        (["--cont"], "--cont"),
+        (["--host", "0.0.0.0"], serve.API_KEY_VARIABLE),
+        (["--host", "192.0.2.1"], serve.API_KEY_VARIABLE),
+        (["--host", "::"], serve.API_KEY_VARIABLE),
+        (["--host", "example.com"], serve.API_KEY_VARIABLE),
+        (["--api-key", ""], "API key"),
+        (["--api-key", "a b"], "API key"),
+        (["--allowed-hosts", ","], "--allowed-hosts"),
+        (["--name", ""], "--name"),
+    ],
+    ids=" ".join,
+)
+def test_impossible_options_are_refused(options, named, capsys, monkeypatch):
+    monkeypatch.delenv(serve.API_KEY_VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        serve.main(options)
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_options_that_go_together(monkeypatch):
+    monkeypatch.delenv(serve.API_KEY_VARIABLE, raising=False)
+    for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
+        assert serve.parse_arguments(["--host", host]).api_key is None
+    monkeypatch.setenv(serve.API_KEY_VARIABLE, "secret")
+    args = serve.parse_arguments(["--host", "0.0.0.0", "--allowed-hosts", "a.example, b.example"])
+    assert (args.api_key, args.allowed_hosts) == ("secret", ("a.example", "b.example"))
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "load_into", None)
+    for held in serve.listen("localhost", port := free_port()):
+        with held:
+            assert serve.main(["--port", str(port)]) == 1
+    assert f"port {port}" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_ends_the_server(capsys, tmp_path):
+    assert serve.main(["--model", str(tmp_path), "--port", str(free_port())]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert "Traceback" not in error
+
+
+def test_help_needs_no_model(tmp_path):
+    code = "import sys, serve; serve.build_parser().format_help(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@contextmanager
+def running(*options):
+    """`serve.py` in a process -> (process, client), once its model is loaded."""
+    port = free_port()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "serve.py", "--port", str(port), *options]
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=120)
+        for line in server.stdout:
+            if "Try:" in line:
+                break
+        else:
+            raise AssertionError(f"it ended with {server.wait()}")
+        yield server, client
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--continuous-batching", "--cache-blocks", "64", "--batch-tokens", "128"]])
+def test_a_process_that_is_told_to_stop_ends(options):
+    with running(*options) as (server, client):
+        end = AutoTokenizer.from_pretrained(ROOT).eos_token_id
+        never = {"temperature": 2.0} if options else {"logit_bias": {str(end): -100}}
+        stream = ask(client, "Hello", stream=True, max_tokens=100_000, **never)
+        next(iter(stream))
+        start = time.perf_counter()
+        server.terminate()
+        with pytest.raises(openai.APIError, match="stopping"):
+            list(stream)
+        server.wait(timeout=30)
+        assert time.perf_counter() - start < 20
+        rest = server.stdout.read()
+    assert "curl http://localhost" in rest
+    assert "Traceback" not in rest
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--continuous-batching", "--cache-blocks", "64", "--batch-tokens", "128"]])
 def test_the_command_serves_the_checkpoint_of_this_folder(options):
-    port = free_port()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "serve.py", "--port", str(port), "--temperature", "0", *options]
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=120)
-        for _ in range(600):
-            assert server.poll() is None, server.stderr.read()
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(0.2)
+    # float32, since in bfloat16 tokens are equally likely, of which batching may take another.
+    with running("--temperature", "0", "--dtype", "float32", *options) as (_, client):
         tokenizer = AutoTokenizer.from_pretrained(ROOT)
         texts = ["Hello", "你好", HOSTILE]
         with ThreadPoolExecutor(3) as pool:
             answers = list(pool.map(lambda text: streamed(client, text), texts))
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(ROOT, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32)
         expected = [expected_answer(model, tokenizer, text) for text in texts]
-        assert [text.strip() for text in answers] == [
-            text.strip() for text in expected
-        ]  # chats come without outer space
+        assert answers == expected
         stream = ask(client, "Hello", stream=True, max_tokens=3000)
         next(iter(stream))
         stream.close()
-        assert written(ask(client, "Hello")).strip() == answers[0].strip()
+        assert written(ask(client, "Hello")) == answers[0]
         assert post(client, b"{")[0] == 400
-        assert written(ask(client, "Hello")).strip() == answers[0].strip()
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+        assert written(ask(client, "Hello")) == answers[0]

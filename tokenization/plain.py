@@ -11,6 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from common.command import no_command
 
+_PIECE_CHARACTERS = 8192
+_CUT_TOKENS = 64  # more than a cut through a text can add to its tokens
+
+
+class TextTooLong(ValueError):
+    """A text has more tokens than there is room for."""
+
 
 class PlainEncoder:
     """Encodes texts with a tokenizer's ordinary tokens only.
@@ -35,14 +42,16 @@ class PlainEncoder:
         """Whether the text spells the name of a control token."""
         return any(name in text for name in self.control_ids)
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str, max_tokens: int | None = None) -> list[int]:
         """The ids of `text`, without bos or eos; they decode to exactly `text`.
 
         Raises:
             ValueError: the text holds lone surrogates, which have no UTF-8, or the tokenizer's normalizer makes control
-                tokens out of other text.
+                tokens out of other text, or `check_length` refuses it.
         """
         check_unicode(text)
+        if max_tokens is not None:
+            check_length(self.tokenizer, text, max_tokens)
         # The first character of a name is encoded apart from the rest, so the tokenizer never sees the name.
         edges = [0, *sorted(self._cuts(text)), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
@@ -72,6 +81,25 @@ def check_unicode(text: str, name: str = "text") -> None:
             f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no UTF-8 "
             "text can hold; decode the source with errors='replace'"
         ) from error
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> None:
+    """Raise TextTooLong if the text has clearly more than `max_tokens` tokens.
+
+    It is encoded in pieces until that is certain, so that a text of any size takes no longer than one that just fits.
+    Short texts, and those a little above the limit, pass.
+    """
+    if len(text) <= _PIECE_CHARACTERS:
+        return
+    tokens = 0
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        piece = text[start : start + _PIECE_CHARACTERS]
+        tokens += len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) - _CUT_TOKENS
+        if tokens > max_tokens:
+            raise TextTooLong(
+                f"a text of {len(text)} characters has more tokens than the {max_tokens} that there is room for; "
+                "shorten it"
+            )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ def encode_chat(
     tools: list[dict] | None = None,
     thinking: bool = False,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    max_tokens: int | None = None,
 ) -> dict[str, list[int]]:
     """Encode a conversation in which only the template writes control tokens.
 
@@ -43,16 +45,22 @@ def encode_chat(
             `</think>` is left out. An assistant's `prefix` says that a thought is to be continued, see the template.
         tools: JSON schemas of functions.
         thinking, add_generation_prompt: as in `apply_chat_template`.
+        continue_final_message: leave the last message open, without its end token; it must be an assistant's with
+            content and no tool calls.
+        max_tokens: refuse a chat with a text of clearly more tokens than that, before all of it is encoded.
 
     Returns:
         `input_ids`, with exactly one bos, and `assistant_masks`: 1 where the assistant wrote, its end token included.
 
     Raises:
         ValueError: a field has a wrong type, is unknown, or is no Unicode text; the message names it. Also if the
-            template has no `{% generation %}` marks that begin and end beside control tokens.
+            template has no `{% generation %}` marks that begin and end beside control tokens, or the last message cannot
+            be continued.
     """
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError("the tokenizer has no chat template; add a chat_template.jinja to its folder")
+    if continue_final_message:
+        _check_continued(messages, add_generation_prompt)
     texts: list[str] = []
     marked_messages = [_mark_message(message, f"messages[{i}]", texts) for i, message in _listed(messages, "messages")]
     marked_tools = [_mark_tool(tool, f"tools[{i}]", texts) for i, tool in _listed(tools or [], "tools")]
@@ -71,14 +79,27 @@ def encode_chat(
     token_starts = []  # where in the rendered text each token's part begins
     edges = {len(rendered[0])}
     for start, part, is_control in _parts(rendered[0], texts, encode):
-        part_ids = [encode.control_ids[part]] if is_control else encode(part)
+        room = None if max_tokens is None else max(0, max_tokens - len(ids))
+        part_ids = [encode.control_ids[part]] if is_control else encode(part, room)
         ids += part_ids
         token_starts += [start] * len(part_ids)
         edges.add(start)
     if not edges.issuperset(edge for span in spans[0] for edge in span):
         raise ValueError("the chat template's generation marks must begin and end beside control tokens")
     mask = [int(any(first <= start < last for first, last in spans[0])) for start in token_starts]
+    if continue_final_message:
+        if ids[-1] != tokenizer.eos_token_id:
+            raise ValueError("the chat template ends no answer with the end token, so none can be continued")
+        ids, mask = ids[:-1], mask[:-1]
     return {"input_ids": ids, "assistant_masks": mask}
+
+
+def _check_continued(messages: list[dict], add_generation_prompt: bool) -> None:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if add_generation_prompt:
+        raise ValueError("continue_final_message and add_generation_prompt exclude each other; set one of them")
+    if not isinstance(last, dict) or last.get("role") != "assistant" or last.get("tool_calls"):
+        raise ValueError("only a last message by the assistant, without tool_calls, can be continued")
 
 
 def _parts(rendered: str, texts: list[str], encode: PlainEncoder) -> Iterator[tuple[int, str, bool]]:
