@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.generation.streamers import BaseStreamer
 
 from common.settings import Settings
-from tokenization.answers import AnswerCall, AnswerParser
+from tokenization.answers import AnswerCall, AnswerParser, AnswerText
 from tokenization.safe_chat import encode_chat
 
 PREFILL_TOKENS = 512  # read at a time, so that a long text needs bounded memory and Ctrl-C is heard
@@ -163,8 +163,8 @@ class Chat:
             if token in self._end_ids:
                 self.stats.ended = FINISHED
                 continue
-            for part in parser.feed(token):
-                yield Piece("", False, part) if isinstance(part, AnswerCall) else Piece(part.text, part.is_reasoning)
+            yield from map(_piece, parser.feed(token))
+        yield from map(_piece, parser.end())
         if self.stats.ended != FINISHED and self.stats.new_tokens >= limit:
             self.stats.ended = "the context is full" if context_ends else "the limit of /tokens is reached"
 
@@ -286,6 +286,10 @@ class Chat:
         except (ValueError, TypeError, RecursionError) as error:
             self.system, self.settings, self.messages = before
             raise ValueError(f"{path} is no saved chat: {error}") from error
+
+
+def _piece(part: AnswerText | AnswerCall) -> Piece:
+    return Piece("", False, part) if isinstance(part, AnswerCall) else Piece(part.text, part.is_reasoning)
 
 
 def _as_message(pieces: list[Piece]) -> dict:

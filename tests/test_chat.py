@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from checks import run_python
+from checks import ROOT, run_python
 from rich.console import Console
 from tiny import FAMILIES, make_model
 from tiny_chat import VOCAB_SIZE, add_tokenizer
@@ -145,6 +145,19 @@ def test_thinking_is_told_apart(make_chat, monkeypatch):
     assert chat.messages[-1] == {"role": "assistant", "content": "so 你", "reasoning_content": "let me think"}
     assert chat.stats.ended == "finished"
     assert chat.stats.new_tokens == len(written)
+
+
+def test_a_complete_character_is_shown_though_its_token_begins_another(make_chat, monkeypatch):
+    chat = make_chat()
+    tokenizer = chat.tokenizer
+    both = next(
+        i for i in range(len(tokenizer)) if (text := tokenizer.decode([i])).endswith("\ufffd") and text[0] == " "
+    )
+    written = [*tokenizer("so", add_special_tokens=False)["input_ids"], both, tokenizer.eos_token_id]
+    monkeypatch.setattr(
+        chat, "_prefill_and_generate", lambda *args: [args[2].put(token) for token in written] and written
+    )
+    assert "".join(piece.text for piece in chat.answer("Hi")) == "so "
 
 
 def test_text_never_becomes_control_tokens(make_chat):
