@@ -149,14 +149,17 @@ def test_thinking_is_told_apart(make_chat, monkeypatch):
 
 def test_a_complete_character_is_shown_though_its_token_begins_another(make_chat, monkeypatch):
     chat = make_chat()
-    tokenizer = chat.tokenizer
-    both = next(
-        i for i in range(len(tokenizer)) if (text := tokenizer.decode([i])).endswith("\ufffd") and text[0] == " "
-    )
+    chat.tokenizer = tokenizer = AutoTokenizer.from_pretrained(ROOT)
+    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    both = next(i for i, text in enumerate(texts) if text[:1] == " " and text.endswith("\ufffd"))
     written = [*tokenizer("so", add_special_tokens=False)["input_ids"], both, tokenizer.eos_token_id]
-    monkeypatch.setattr(
-        chat, "_prefill_and_generate", lambda *args: [args[2].put(token) for token in written] and written
-    )
+
+    def script(ids, limit, tokens, stop):
+        for token in written:
+            tokens.put(token)
+        return written
+
+    monkeypatch.setattr(chat, "_prefill_and_generate", script)
     assert "".join(piece.text for piece in chat.answer("Hi")) == "so "
 
 
