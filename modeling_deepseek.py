@@ -283,6 +283,12 @@ class DeepseekMLA(nn.Module):
         if "cache" in kwargs:
             output, probs = self._paged(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         elif isinstance(attention_mask, VisibleTokens):
+            if kwargs.get("output_attentions", self.config.output_attentions):
+                raise ValueError(
+                    f"`output_attentions` is set, and there are no attention maps where `index_topk` tokens are selected. "
+                    f"Leave it out, or give at most {self.config.index_topk} tokens to a model with "
+                    "attn_implementation='eager'."
+                )
             weight = self._kv_b_weight(latent, cache_layer)
             if weight is None:
                 raise ValueError(
@@ -694,12 +700,15 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(target_class=None, index=1, class_name="self_attn"),
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
-    _keep_in_fp32_modules = [r".*indexer\.weights_proj"]  # quantisers leave these alone
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj", "indexer.k_norm"]
 
     def __init__(self, config, *args, **kwargs):
         config.validate()  # it may have been edited since it was made
         super().__init__(config, *args, **kwargs)
+        if config.has_indexer:
+            self._keep_in_fp32_modules = [r".*indexer\.weights_proj"]  # quantisers leave these alone
+            self._keep_in_fp32_modules_strict = ["indexer.weights_proj", "indexer.k_norm"]
+        if getattr(config, "topk_method", None) == "noaux_tc":
+            self._keep_in_fp32_modules_strict = [*(self._keep_in_fp32_modules_strict or ()), "e_score_correction_bias"]
         self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
         if config.separate_experts:
             config.model_type = f"{self.config_class.model_type}_separate"  # for which no rule stacks experts

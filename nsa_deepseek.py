@@ -743,6 +743,7 @@ class DeepseekNSA(nn.Module):
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
@@ -779,8 +780,13 @@ class DeepseekNSA(nn.Module):
             [B, S, hidden_size]; there are no attention maps and no index loss.
 
         Raises:
-            ValueError: the cache's layer is not an `NSACacheLayer`.
+            ValueError: the cache's layer is not an `NSACacheLayer`, or attention maps are asked for.
         """
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                "`output_attentions` is set, and NSA has no attention maps: three branches, of which one sees compressed "
+                "blocks, are joined by gates. Leave it out."
+            )
 
         def heads(projection: nn.Linear) -> torch.Tensor:
             return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, S, D]

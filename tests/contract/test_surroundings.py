@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import re
 import shutil
 
 import peft
@@ -537,3 +538,60 @@ def test_what_a_layer_returns_besides_its_states_is_not_looked_at(family, monkey
     assert torch.equal(outputs.logits, expected.logits)
     assert outputs.aux_loss is None
     assert outputs.index_loss is None
+
+
+# What transformers' own model tests ask
+
+
+@pytest.mark.compatibility("attention maps")
+@pytest.mark.parametrize("how", ["argument", "config"])
+@pytest.mark.parametrize("length", [10, 40])
+@torch.no_grad()
+def test_there_are_attention_maps_or_an_error(family, length, how, refused):
+    """Never an empty tuple without a word. V3.2 has maps as long as all tokens are attended to, 16 here."""
+    model, tokens = make_model(family, attention="eager"), make_tokens(2, length)
+    arguments = {"output_attentions": True} if how == "argument" else {}
+    if how == "config":
+        model.config.output_attentions = True
+    if family == "nsa" or (family == "v32" and length > 16):
+        with refused(ValueError, match=r"`output_attentions` is set, and .* no attention maps"):
+            model(tokens, **arguments)
+        return
+    maps = model(tokens, **arguments).attentions
+    assert [probs.shape for probs in maps] == [(2, 4, length, length)] * model.config.num_hidden_layers
+    for probs in maps:
+        assert_close(probs.sum(dim=-1), torch.ones(2, 4, length))
+
+
+@pytest.mark.compatibility("4D attention masks")
+@torch.no_grad()
+def test_a_mask_of_four_dimensions(family, refused):
+    model, tokens = make_model(family), make_tokens(2, 20)
+    causal = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    if family in ("v32", "nsa"):
+        with refused(ValueError, match=r"`attention_mask` has shape .* it must be \[batch, tokens\]"):
+            model(tokens, attention_mask=causal)
+    else:
+        assert_close(model(tokens, attention_mask=causal).logits, model(tokens).logits)
+
+
+@pytest.mark.compatibility("`generate`, right-padded batch")
+def test_right_padded_prompts(family, refused):
+    """Each row goes on from its last token, as transformers' own classes do, which advise against it."""
+    model, tokens, mask = make_model(family), make_tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, 14:] = 0
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    if family == "nsa":
+        with refused(ValueError, match="Pad on the left to generate"):
+            model.generate(tokens, attention_mask=mask, **settings)
+        return
+    cached = model.generate(tokens, attention_mask=mask, **settings)
+    assert torch.equal(cached, model.generate(tokens, attention_mask=mask, use_cache=False, **settings))
+    assert torch.equal(cached[:1], model.generate(tokens[:1], **settings))
+
+
+def test_modules_kept_in_float32_exist(family):
+    model = make_model(family)
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    for pattern in (*model._keep_in_fp32_modules, *model._keep_in_fp32_modules_strict):
+        assert any(re.search(pattern, name) for name in names), f"{pattern} names nothing in {family}"
