@@ -79,7 +79,12 @@ def test_sdpa_agrees_with_eager(family, padded):
 )
 def test_flex_attention_agrees_with_eager(family, padded):
     """Slow, since it compiles a kernel for each family."""
-    compare_with_eager(family, "flex_attention", padded)
+    try:
+        compare_with_eager(family, "flex_attention", padded)
+    except ValueError as error:
+        if "non power of 2 embedding dimension" not in str(error):
+            raise
+        pytest.skip("this PyTorch's FlexAttention wants widths that are powers of two")
 
 
 def compare_with_eager(family, attention, padded):
