@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-versions test-vllm test-kernels compatibility lint format clean
+.PHONY: demo test test-slow test-versions test-vllm test-kernels compatibility gpu lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) demo.py
@@ -54,6 +54,11 @@ test-kernels: $(VENV)/installed
 	$(RUN) -m pip install --quiet --no-deps triton==3.9.0
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels
 	$(RUN) -m pytest -m slow tests/kernels
+
+# What is claimed for GPUs, on one, within eight minutes and without a network: with the Python that has the card's own
+# PyTorch, and nothing to install.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check

@@ -72,6 +72,7 @@ from .prefix_deepseek import Prefix  # noqa: F401 (older loaders copy only what 
 logger = logging.get_logger(__name__)
 
 _BLOCK_BYTES = 64 * 2**20  # scores held at once while a long past is expanded block by block
+_PART_PRODUCTS = 2**19  # multiplications of a query with its keys that are worth a thread
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -208,6 +209,7 @@ class DeepseekMLA(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.q_lora_rank = config.q_lora_rank
         self.kv_lora_rank = config.kv_lora_rank
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
@@ -257,7 +259,7 @@ class DeepseekMLA(nn.Module):
             [B, S, hidden_size], probabilities [B, H, S, T] where they exist, and in training the indexer's loss.
         """
         query_input = hidden_states  # [B, S, hidden_size or q_lora_rank]
-        if self.config.q_lora_rank is not None:
+        if self.q_lora_rank is not None:
             query_input = self.q_a_layernorm(self.q_a_proj(hidden_states))
         q_nope, q_rope = self._queries(query_input)
         latent, k_rope = self._latents(hidden_states)
@@ -333,7 +335,7 @@ class DeepseekMLA(nn.Module):
 
     def _queries(self, query_input) -> tuple[torch.Tensor, torch.Tensor]:
         """-> q_nope [B, H, S, Dn], q_rope [B, H, S, Dr], not yet rotated"""
-        query = self.q_proj(query_input) if self.config.q_lora_rank is None else self.q_b_proj(query_input)
+        query = self.q_proj(query_input) if self.q_lora_rank is None else self.q_b_proj(query_input)
         query = query.view(*query_input.shape[:2], -1, self.qk_head_dim).transpose(1, 2)  # [B, H, S, Dn + Dr]
         return query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
@@ -516,8 +518,8 @@ def attend_side_by_side(
 ) -> torch.Tensor:
     """Attention on a CPU to keys that begin with their values; each is read once, and no scores are kept.
 
-    Each thread gets a part of the keys (the kernel by itself would give one thread all of them); the parts' outputs are
-    joined by their logarithms of sums of exponentials.
+    Where there is work for them, each thread gets a part of the keys (the kernel by itself would give one thread all of
+    them); the parts' outputs are joined by their logarithms of sums of exponentials.
 
     Args:
         query: [B, R, W], scaled; R rows of whatever heads and tokens.
@@ -529,7 +531,7 @@ def attend_side_by_side(
     """
     query = query.to(entries.dtype)  # under autocast they differ
     batch, num_keys, width = entries.shape
-    parts = min(_count_threads(), num_keys)
+    parts = min(_count_threads(), num_keys, max(1, query[0].numel() * num_keys // _PART_PRODUCTS))
     even = num_keys - num_keys % parts
     if mask is not None and mask.dtype == torch.bool:
         # not -inf: a part may hide all its keys
@@ -548,6 +550,8 @@ def attend_side_by_side(
         )
         outputs.append(output)  # [B, parts, R, W]
         sums.append(log_sum)  # [B, parts, R]
+    if parts == 1:
+        return output[:, 0, :, :value_width].to(query.dtype)
     shares = torch.cat(sums, dim=1).softmax(dim=1)[..., None]
     return (torch.cat(outputs, dim=1) * shares).sum(dim=1)[..., :value_width].to(query.dtype)
 

@@ -228,8 +228,10 @@ class DeepseekExperts(nn.Module):
 
     def _run_few(self, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj) -> torch.Tensor:
         """The same for decoding, where operations are small and it counts how many they are: two for each expert."""
-        top_k = top_k_index.shape[1]
-        slots = sorted((e, slot) for slot, e in enumerate(top_k_index.flatten().tolist()) if e < self.num_experts)
+        top_k, chosen = top_k_index.shape[1], top_k_index.flatten().tolist()
+        if len(hidden_states) == 1 and max(chosen) < self.num_experts:
+            return self._run_one(hidden_states, chosen, top_k_weights, gate_up_proj, down_proj)
+        slots = sorted((e, slot) for slot, e in enumerate(chosen) if e < self.num_experts)
         if not slots:
             return torch.zeros_like(hidden_states)
         counts = Counter(expert for expert, _ in slots)  # tokens of each expert, in the order of `slots`
@@ -243,6 +245,14 @@ class DeepseekExperts(nn.Module):
         outputs = torch.cat([F.linear(rows, down_proj[e]) for rows, e in zip(inner, counts, strict=True)])
         # under autocast the products have another dtype
         return torch.zeros_like(hidden_states).index_add_(0, token, outputs.to(hidden_states.dtype))
+
+    def _run_one(self, hidden_states, chosen: list[int], top_k_weights, gate_up_proj, down_proj) -> torch.Tensor:
+        """The same for one token, all of whose experts are here: nothing to sort."""
+        inner = torch.cat([F.linear(hidden_states, gate_up_proj[e]) for e in chosen])  # [P, 2F]
+        gate, up = inner.chunk(2, dim=-1)  # [P, F] each
+        inner = (self.act_fn(gate) * up * top_k_weights.T).split(1)  # P of [1, F]
+        outputs = torch.cat([F.linear(row, down_proj[e]) for row, e in zip(inner, chosen, strict=True)])  # [P, D]
+        return outputs.sum(dim=0, keepdim=True).to(hidden_states.dtype)
 
 
 class DeepseekSeparateExperts(nn.ModuleList):

@@ -17,8 +17,10 @@ def plain_attention(query, entries, mask, value_width):
 
 @pytest.mark.parametrize("num_keys", [1, 2, 7, 64, 1031])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_equals_plain_attention(monkeypatch, num_keys, threads):
+@pytest.mark.parametrize("worth_a_thread", [1, 2**16])
+def test_equals_plain_attention(monkeypatch, num_keys, threads, worth_a_thread):
     monkeypatch.setattr(modeling_deepseek, "_count_threads", lambda: threads)
+    monkeypatch.setattr(modeling_deepseek, "_PART_PRODUCTS", worth_a_thread)
     query = torch.randn(2, 6, 20) / 4
     entries = torch.randn(2, 1500, 20)[:, :num_keys]  # rows further apart than they are long, as in a cache
     one_row = torch.rand(2, 1, 1, num_keys) < 0.5
