@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from transformers import (
 )
 
 from common.command import no_command
+from common.launch import join_processes
+from common.outputs import has_files, only_run_in
 from finetune.callbacks import ProgressBar, RouterBiasCallback
 from finetune.config import CommonOptions, read_options
 from finetune.data import pad_token, question_and_answer, read_examples, render_all, split_examples
@@ -88,13 +91,19 @@ def fine_tune(
     Raises:
         ValueError, OSError: something the user gave is wrong, or the disk is full.
     """
+    state = join_processes(options.accumulation_steps, "bf16" if options.bf16 else None, options.cpu)
+    with only_run_in(Path(options.output)) if state.is_main_process else nullcontext():
+        return _fine_tune(options, task, callbacks, console or Console(quiet=not state.is_main_process), state)
+
+
+def _fine_tune(
+    options: CommonOptions, task: Task, callbacks: tuple[TrainerCallback, ...], console: Console, state: PartialState
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Report]:
     output, checkpoint = Path(options.output), None
     started = time.perf_counter()
-    state = PartialState(cpu=options.cpu) if options.cpu else PartialState()
-    console = console or Console(quiet=not state.is_main_process)
     if options.resume:
         checkpoint = _check_resumable(output, options)
-    elif output.is_dir() and any(output.iterdir()):
+    elif has_files(output):
         raise FileExistsError(
             f"output {output} is not empty; name another folder, remove it, or continue it with --resume"
         )
@@ -150,7 +159,6 @@ def fine_tune(
         report.routing_before = routing_on(held_out[:_ROUTING_ROWS])
         report.samples = _samples(trainer, task_examples or held_out, "before", [])
     if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
         _write_options(output, options)
     state.wait_for_everyone()
 

@@ -23,12 +23,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.command import check_early, run_command
 from common.extras import extra
-from common.outputs import refuse_existing
+from common.outputs import only_run_in, refuse_existing
 
 OPTIMIZERS = ("adamw", "muon")  # of pretrain/optimizers.py
 SCHEDULES = ("wsd", "cosine")
@@ -114,7 +115,7 @@ with extra("train"):
     import torch
     import transformers
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import DistributedType, broadcast, set_seed
+    from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast, set_seed
     from safetensors import SafetensorError
     from torch import nn
     from torch.distributed.tensor import DTensor
@@ -122,6 +123,7 @@ with extra("train"):
     from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
     from common.card import model_name
+    from common.launch import join_processes
     from common.loading import load_config, load_model, new_model
     from pretrain.cost import active_parameters, measure_peak_flops, training_flops_per_token
     from pretrain.data import HeldOut, PretrainingData, batch_of, load_held_out
@@ -390,7 +392,7 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, keep: int) -
 
 
 def prepare_run_folder(run: Path, resume: bool) -> Path | None:
-    """Create the run's folder; returns the checkpoint to load, if any: the newest that is whole.
+    """The checkpoint to load, if any: the newest that is whole; leftovers of a run that was killed are removed.
 
     Raises:
         ValueError: the folder holds a run and `resume` is off, or holds none and it is on, or all are damaged.
@@ -400,7 +402,6 @@ def prepare_run_folder(run: Path, resume: bool) -> Path | None:
         raise ValueError(f"--resume, but {run} holds no checkpoint; drop --resume to start a new run")
     if checkpoints and not resume:
         raise ValueError(f"--run-dir {run} already holds {checkpoints[-1].name}; pass --resume or name another folder")
-    run.mkdir(parents=True, exist_ok=True)
     for partial in run.glob("checkpoint-*.partial"):  # of a run that was killed while it wrote
         shutil.rmtree(partial, ignore_errors=True)
     for checkpoint in reversed(checkpoints):
@@ -475,9 +476,16 @@ def run_training(args: argparse.Namespace) -> None:
         ValueError: an option contradicts the data, the model or the run folder; raised before any training.
     """
     precision = choose_precision(args.precision)
+    state = join_processes(args.accumulation_steps, precision)
+    with only_run_in(args.run_dir) if state.is_main_process else nullcontext():
+        _run_training(args, precision)
+
+
+def _run_training(args: argparse.Namespace, precision: str) -> None:
     accelerator = Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=args.accumulation_steps,
+        # the plugin, since by the argument a launcher's number would go before the command's
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.accumulation_steps),
         # MTP modules whose loss has no weight get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

@@ -44,11 +44,18 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def run_python(code: str, timeout: float = 120, **environment) -> str:
-    """Runs code in a fresh interpreter without network -> what it printed; fails with its error output."""
+def run_python(code: str, timeout: float = 120, cwd: Path | None = None, fails: bool = False, **environment) -> str:
+    """Runs code in a fresh interpreter without network -> what it printed; fails with its error output.
+
+    With `fails` the code is to end in an error, and its error output is the result.
+    """
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env=variables, check=False
+        [sys.executable, "-c", code],
+        **{"capture_output": True, "text": True, "timeout": timeout, "env": variables, "cwd": cwd, "check": False},
     )
+    if fails:
+        assert done.returncode != 0, done.stdout[-2000:]
+        return done.stderr
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
