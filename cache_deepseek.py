@@ -8,6 +8,7 @@ keys and values.
 Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width of a head.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,10 @@ from .compat_deepseek import StaticIndexedLayer
 
 _LEAST_ROOM = 256  # tokens of spare room in a new buffer
 _UNDO_TOKENS = 512  # tokens by which a layer that keeps only the last ones can be cropped without notice
+PAGED_CACHE_SIZES = ("num_blocks", "max_batch_tokens", "max_requests_per_batch")  # what `size_paged_cache` sets
+_CPU_TEXTS, _OPEN_CPU_TEXTS = 32, 4  # written at once on a CPU: of known requests; long ones of those yet to come
+_CPU_BATCH_TOKENS = 1024  # of a forward pass there; the mask holds this number times the tokens of the cache
+_SPARE_PAGES = 1.25  # of what the texts need, since transformers begins no text over a cache that is nearly full
 
 
 class GrowingLayer(DynamicLayer):
@@ -450,3 +455,37 @@ def move_tokens(layer: CacheLayerMixin, start: int, count: int, targets: list[in
         slots = slots.view(len(targets), *[1] * (states.ndim - 3), count, 1)
         moved = states.narrow(-2, start, count).clone()
         states.scatter_(-2, slots.expand_as(moved), moved)
+
+
+def size_paged_cache(paging, said, hints, context_tokens: int, on_cpu: bool):
+    """Sizes a paged cache by what the texts need, where transformers would take a share of the free memory.
+
+    Args:
+        paging: transformers' `ContinuousBatchingConfig` of a manager, changed in place.
+        said: the one that the user gave, or None: what is set there stays.
+        hints: number and longest lengths of the requests, or None where they are yet to come. On accelerators the cache
+            then keeps transformers' share: their memory is there for it.
+        context_tokens: of the model, the longest text where no length is known.
+    """
+    if paging.num_blocks is not None or getattr(said, "max_memory_percent", None) is not None:
+        return
+    known = hints is not None and hints.num_requests > 0
+    if not known and not on_cpu:
+        return
+    texts = hints.num_requests if known else _OPEN_CPU_TEXTS
+    if getattr(said, "max_requests_per_batch", None) is not None:
+        texts = min(texts, said.max_requests_per_batch) if known else said.max_requests_per_batch
+    elif on_cpu:
+        texts = min(texts, _CPU_TEXTS)
+    texts = min(texts, paging.max_requests_per_batch)
+    if known:
+        paging.max_requests_per_batch = texts
+    tokens = context_tokens
+    if known and hints.max_generated_length:
+        tokens = hints.max_prompt_length + hints.max_generated_length
+    elif known:
+        tokens = max(context_tokens, hints.max_prompt_length + 1)
+    pages_of_a_text = -(-tokens // paging.page_size)
+    paging.num_blocks = math.ceil(texts * pages_of_a_text * _SPARE_PAGES) + 1
+    if on_cpu and paging.max_batch_tokens is None:
+        paging.max_batch_tokens = max(texts, min(_CPU_BATCH_TOKENS, texts * tokens))

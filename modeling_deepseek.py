@@ -34,7 +34,15 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_deepseek import GrowingLayer, IndexedLayer, LatentLayer, NSACacheLayer, use_growing_layers
+from .cache_deepseek import (
+    PAGED_CACHE_SIZES,
+    GrowingLayer,
+    IndexedLayer,
+    LatentLayer,
+    NSACacheLayer,
+    size_paged_cache,
+    use_growing_layers,
+)
 from .compat_deepseek import (
     HAS_PAGED_CACHE,
     cache_field,
@@ -1260,8 +1268,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
             **kwargs,
         )
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, **kwargs):
         """As in transformers; its paged cache then holds MLA's latents, kv_lora_rank + qk_rope_head_dim numbers a token.
+
+        Where the config says nothing, `generate_batch` sizes the cache by its requests, and a manager on a CPU by a few
+        texts of the model's context; what does not fit into memory, and managers on accelerators, get transformers' share
+        of what is free.
 
         Raises:
             ValueError: the attention is sparse (NSA, or MLA with an indexer), which needs more than keys and values; or
@@ -1279,18 +1291,33 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
                 f"(`model_type` {config.checkpoint_model_type!r}) keeps more; use `generate`, or serve without "
                 "--continuous-batching."
             )
-        manager = super().init_continuous_batching(*args, **kwargs)
-        if config.attention_kind == "mla":
-            create = manager._create_batch_processor
+        manager = super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+        if "_create_batch_processor" in vars(manager):  # one that was kept
+            return manager
+        paging = manager.continuous_batching_config
+        by_memory = {name: getattr(paging, name) for name in PAGED_CACHE_SIZES}
+        size_paged_cache(
+            paging,
+            continuous_batching_config,
+            kwargs.get("workload_hints"),
+            config.max_position_embeddings,
+            self.device.type == "cpu",
+        )
+        create = manager._create_batch_processor
 
-            def create_for_latents():
-                manager.model = _PagedView(self)
-                try:
-                    return create()
-                finally:
-                    manager.model = self
+        def create_sized():
+            manager.model = _PagedView(self) if config.attention_kind == "mla" else self
+            try:
+                return create()
+            except MemoryError:
+                if by_memory["num_blocks"] is not None:
+                    raise
+                vars(paging).update(by_memory)
+                return create()
+            finally:
+                manager.model = self
 
-            manager._create_batch_processor = create_for_latents
+        manager._create_batch_processor = create_sized
         return manager
 
 

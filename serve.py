@@ -74,12 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     batching.add_argument("--continuous-batching", action="store_true")
     batching.add_argument(
-        "--cache-blocks", type=_whole(1, 2**31 - 1), help="blocks of the paged cache (default: from the free memory)"
+        "--cache-blocks",
+        type=_whole(1, 2**31 - 1),
+        help="blocks of the paged cache (default: from the free memory, on a CPU four texts of the model's context)",
     )
     batching.add_argument(
         "--batch-tokens",
         type=_whole(1, 2**31 - 1),
-        help="most tokens of a forward pass (default: from the free memory)",
+        help="most tokens of a forward pass (default: 8192, on a CPU 1024)",
     )
     alone = parser.add_argument_group("one after the other", "what is not batched")
     alone.add_argument(

@@ -81,6 +81,95 @@ def test_the_paged_cache_holds_latents():
     assert config.head_dim == config.qk_rope_head_dim, "the model's own config has changed"
 
 
+def pages_of(model, run) -> dict:
+    """The sizes of the paged cache that `run` makes for the model."""
+    sizes, init = {}, model.init_continuous_batching
+
+    def watched(*args, **kwargs):
+        manager = init(*args, **kwargs)
+        create = manager._create_batch_processor
+
+        def create_and_look():
+            processor = create()
+            paging = manager.continuous_batching_config
+            sizes.update(pages=processor.cache.num_blocks, page=paging.page_size, batch=paging.max_batch_tokens)
+            return processor
+
+        manager._create_batch_processor = create_and_look
+        return manager
+
+    model.init_continuous_batching = watched
+    run(model)
+    return sizes
+
+
+@needs_paged_cache
+@pytest.mark.parametrize("family", ["llama", "v3"])
+def test_the_paged_cache_is_sized_by_the_requests(family):
+    """Four texts of 300 + 12 tokens take two pages of 256 each, a quarter more to begin while the cache fills up."""
+    model = make_model(family, max_position_embeddings=512)
+    prompts = [make_tokens(1, length, seed=length)[0].tolist() for length in (*LENGTHS[:3], 300)]
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    written = []
+    sizes = pages_of(model, lambda model: written.extend(model.generate_batch(prompts, settings).values()))
+    assert sizes["page"] == 256
+    assert 8 <= sizes["pages"] <= 12
+    assert sizes["batch"] == 1024
+    assert [output.generated_tokens for output in written] == [generate_alone(model, prompt) for prompt in prompts]
+
+
+@needs_paged_cache
+def test_more_texts_than_are_written_at_once():
+    model, written = make_model("v3"), []
+    prompts = [make_tokens(1, 3 + seed % 5, seed=seed)[0].tolist() for seed in range(40)]
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    sizes = pages_of(model, lambda model: written.extend(model.generate_batch(prompts, settings).values()))
+    assert sizes["pages"] <= 42
+    for prompt, output in zip(prompts, written, strict=True):
+        tokens = model.generate(
+            torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=2
+        )
+        assert output.generated_tokens == tokens[0, len(prompt) :].tolist()
+
+
+@needs_paged_cache
+def test_the_paged_cache_for_requests_that_are_yet_to_come():
+    """On a CPU four texts of the model's context; what the user says stays, whichever of the sizes it is."""
+    model = make_model("v3", max_position_embeddings=1024)
+    create = lambda **said: pages_of(  # noqa: E731
+        model,
+        lambda model: model.init_continuous_batching(
+            continuous_batching_config=ContinuousBatchingConfig(**said)
+        )._create_batch_processor(),
+    )
+    assert create()["pages"] in (21, 22)
+    assert create(max_requests_per_batch=1)["pages"] in (6, 7)
+    assert create(num_blocks=9)["pages"] == 9
+    assert create(max_batch_tokens=64)["batch"] == 64
+
+
+@needs_paged_cache
+def test_a_paged_cache_that_does_not_fit_is_sized_by_memory():
+    """A context that no machine has room for."""
+    model, failed = make_model("v3", max_position_embeddings=2**31 - 1), []
+    manager_class = type(model.init_continuous_batching())
+    create = manager_class._create_batch_processor
+
+    def create_small(self):
+        failed.append(self.continuous_batching_config.num_blocks)
+        if failed[-1] is not None:
+            return create(self)
+        self.continuous_batching_config.num_blocks = 7
+        return create(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager_class, "_create_batch_processor", create_small)
+        manager = model.init_continuous_batching()
+        assert manager._create_batch_processor().cache.num_blocks == 7
+    assert failed[0] > 2**25
+    assert failed[1] is None
+
+
 @pytest.mark.compatibility("continuous batching")
 @needs_paged_cache
 @pytest.mark.parametrize("family", ["v32", "nsa"])
