@@ -494,6 +494,22 @@ def render(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
     return {"input_ids": ids, "labels": labels}
 
 
+def token_ids(example: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of an example that is read and not learnt: without a mask, so any chat template does.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it refuses the example.
+    """
+    if "messages" not in example:
+        return render(example, tokenizer)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; add a chat_template.jinja to its folder")
+    try:
+        return _encode(example, tokenizer)["input_ids"]
+    except Exception as error:  # jinja's own, raised by templates for roles and orders they do not know
+        raise ValueError(f"the chat template refuses an example: {error}") from error
+
+
 def lost_text(messages: list[dict], tokenizer: PreTrainedTokenizerBase, **arguments) -> tuple[str, str] | None:
     """The first words of an assistant that the chat template leaves out: ("reasoning" or "content", text); None if all
     are there.
