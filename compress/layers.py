@@ -127,7 +127,8 @@ class LayerByLayer:
             if embeds is not None:
                 next_embeds = embeds[None, row].roll(-ahead, dims=1)
                 inputs = layer.eh_proj(torch.cat((layer.enorm(next_embeds), layer.hnorm(inputs)), dim=-1))
-            shared = self._skeleton.model._shared_by_layers(inputs, None, None, None)
+            model = self._skeleton.model
+            shared = model._shared_by_layers(inputs, *model.create_causal_mask(inputs, None, None, None))
             shared.pop("token_mask")
             states[row] = (inputs + layer.self_attn(layer.input_layernorm(inputs), **shared)[0])[0]
         if layer.is_sparse:

@@ -90,6 +90,8 @@ def page(results: list[dict], pinned: str) -> str:
         rows.append([name, *found])
     text += table(["", *FAMILIES.values()], rows) + str(notes)
 
+    if len(results) == 1:
+        return text
     text += "\n## The same on other releases of transformers\n\nAll families of a row together.\n\n"
     notes, rows = Notes(), []
     for name in newest["rows"]:
