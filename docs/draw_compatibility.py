@@ -27,7 +27,8 @@ INTRODUCTION = """# Compatibility
 Each cell is made by tests that can fail, and this page is written from their results: `make compatibility` runs the tests
 marked `compatibility` and then `docs/draw_compatibility.py`. **yes**: the tests of this cell pass. **refused**: they pass, and
 show that this is refused with the message in the note. **partly**: some ways work, those in the note are refused. An empty
-cell: it does not apply to the family.
+cell: no test of this run is about it, since the family has nothing of the kind or since slow tests, which the runs below leave
+out, are.
 
 """
 
