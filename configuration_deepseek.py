@@ -716,7 +716,8 @@ class DeepseekConfig(PreTrainedConfig):
 
 def _publish_architecture(name: str, prefix: str) -> str:
     """DeepseekForCausalLM -> DeepseekV3ForCausalLM; a name that already is a published one stays."""
-    for head in ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"):
+    heads = ("ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
+    for head in ("Model", *heads):
         if name == f"Deepseek{head}":
             return prefix + head
     return name

@@ -24,6 +24,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
@@ -1358,10 +1359,25 @@ class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreT
         self.post_init()
 
 
+class DeepseekForQuestionAnswering(GenericForQuestionAnswering, DeepseekPreTrainedModel):
+    """Two linear scores on every token: that an answer out of the text begins there, and that it ends there.
+
+    The model's weights keep their names, `model.*`, so that every checkpoint loads; transformers' LlamaForQuestionAnswering
+    calls them `transformer.*` and reads what is saved here with `key_mapping={"^model": "transformer"}`.
+    """
+
+    def __init__(self, config):
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.model = DeepseekModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
 register_expert_conversion(DeepseekConfig.model_type)
 
 __all__ = [
     "DeepseekForCausalLM",
+    "DeepseekForQuestionAnswering",
     "DeepseekForSequenceClassification",
     "DeepseekForTokenClassification",
     "DeepseekModel",

@@ -68,6 +68,14 @@ def find_routed_model(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no update_router_bias; it is no DeepSeek model of this repository")
 
 
+class LogOften(TrainerCallback):
+    """Logs 50 times a run, and at least every 10 steps, so that the bar and the curves of short runs have points."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The first event that knows the length of the run."""
+        state.logging_steps = min(10, max(1, state.max_steps // 50))
+
+
 class ProgressBar(TrainerCallback):
     """A bar with the latest loss; evaluation results get lines of their own."""
 

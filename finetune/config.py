@@ -146,7 +146,10 @@ class CommonOptions:
         None, "a checkpoint every so many steps; without it at every evaluation", "run", low=1, unit="steps"
     )
     keep_checkpoints: int = option(2, "checkpoints kept, the best among them", "run", low=1, unit="checkpoints")
-    log_steps: int = option(10, "losses are logged every so many steps", "run", low=1, unit="steps")
+    log_steps: int | None = option(
+        None, "losses are logged every so many steps; without it 50 times a run, but at least every 10 steps", "run",
+        low=1, unit="steps",
+    )  # fmt: skip
     track: list[str] = option(("tensorboard",), "where curves go besides the report", "run", choices=TRACKERS)
     resume: bool = option(False, "continue an interrupted run in --output from its last checkpoint", "run")
     cpu: bool = option(False, "stay on the CPU even if there is an accelerator", "run")

@@ -86,7 +86,9 @@ def read_examples(sources: Sequence[str | Path], format: str = "auto") -> list[d
             f"{len(errors)} of {total} records are malformed:\n" + "\n".join(errors[:_ERRORS_SHOWN]) + more
         )
     if not examples:
-        raise ValueError(f"{', '.join(map(str, sources))} has no examples; see `finetune/data.py` for the formats")
+        raise ValueError(
+            f"{', '.join(map(str, sources))} has no examples; docs/finetuning.md shows the formats under Data"
+        )
     return examples
 
 
@@ -111,7 +113,9 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
                 if line.strip():
                     try:
                         yield f"{source}, line {number}", json.loads(line)
-                    except ValueError as error:  # JSON and encoding errors are ValueErrors too
+                    except json.JSONDecodeError as error:  # its own line is that of the record, always 1
+                        yield f"{source}, line {number}", ValueError(f"is no JSON: {error.msg}, column {error.colno}")
+                    except ValueError as error:  # encoding errors are ValueErrors too
                         yield f"{source}, line {number}", ValueError(str(error))
     elif path.suffix in _SUFFIXES or path.exists():
         raise FileNotFoundError(

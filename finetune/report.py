@@ -15,6 +15,7 @@ matplotlib.use("Agg")  # no display needed
 import yaml
 from matplotlib import pyplot as plt
 
+from common.card import model_name
 from common.command import no_command
 from finetune.experts import Routing
 
@@ -33,6 +34,15 @@ _CARD_OPTIONS = {  # of each method, what its card tells
     "esft": ("method", "esft_score"),
     "full": ("method",),
 }
+
+
+_ADAPTER_NEEDS = """
+The adapter is for the base model in the code of `DeepseekForCausalLM`, which the base's `auto_map` names and
+`trust_remote_code=True` lets run. `AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)`
+does both steps if `base_model_name_or_path` in adapter_config.json names the base. Without `trust_remote_code`, or with a base
+whose `auto_map` names other code, transformers takes a class whose weights have other names and shapes, and loading ends in
+size mismatches.
+"""
 
 
 @dataclass
@@ -152,17 +162,21 @@ def write_card(report: Report, folder: Path) -> None:
     Paths of this machine stay out of it; a base model that is a local folder gets its name on publishing (`tools/publish.py`).
     """
     options, name = report.options, _model_name(report)
-    method, is_local = options["method"], Path(options["model"]).is_dir()
+    method = options["method"]
     front = {"library_name": "transformers" if method == "full" else "peft", "pipeline_tag": "text-generation"}
     front |= {"tags": ["deepseek", "custom_code", *([] if method == "full" else [method])]}
-    front |= {} if is_local else {"base_model": options["model"]}
+    front |= {"base_model": name} if "/" in name else {}
     what = {"lora": "LoRA adapter for", "esft": "Experts (ESFT) for", "full": "Fine-tuned from"}[method]
     how = ", ".join(f"{key} {_value(options[key])}" for key in _CARD_OPTIONS[method])
     rows = "\n".join(f"| {' | '.join(row)} |" for row in _metrics(report))
-    base = "path/to/base" if is_local else options["model"]
+    base = name if "/" in name else "path/to/base"
     if method == "full":
         code = ["from transformers import AutoModelForCausalLM", ""]
         code.append('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)')
+    elif method == "lora":
+        code = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+        code.append(f'model = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)')
+        code.append('model = PeftModel.from_pretrained(model, "path/to/this/folder")')
     else:  # the base in this repository's code, since the result does not fit what else may load by that name
         code = ["from common.loading import load_model  # of the code's repository"]
         code += ["from finetune.models import load_result", "", f'model = load_model("{base}")']
@@ -172,13 +186,14 @@ def write_card(report: Report, folder: Path) -> None:
     text += f"{what} {name}, trained on {data} ({how}).\n\n"
     text += f"| held out | before | after |\n|---|---|---|\n{rows}\n\n"
     text += "```python\n" + "\n".join(code) + "\n```\n"
+    text += _ADAPTER_NEEDS if method == "lora" else ""
     _write(folder / "README.md", text)
 
 
 def _model_name(report: Report) -> str:
-    """A folder's own name, or the Hub's name."""
+    """The Hub's name, also of a folder in its cache, or else a folder's own name, which has no slash."""
     model = str(report.options.get("model"))
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return model_name(Path(model)) if Path(model).is_dir() else model
 
 
 def _metrics(report: Report) -> list[list[str]]:

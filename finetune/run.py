@@ -37,7 +37,7 @@ from transformers import (
 from common.command import no_command
 from common.launch import join_processes
 from common.outputs import has_files, only_run_in
-from finetune.callbacks import ProgressBar, RouterBiasCallback
+from finetune.callbacks import LogOften, ProgressBar, RouterBiasCallback
 from finetune.config import CommonOptions, read_options
 from finetune.data import pad_token, question_and_answer, read_examples, render_all, split_examples
 from finetune.experts import finish_expert_training, measure_routing
@@ -201,6 +201,8 @@ def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] 
         if getattr(options, "method", "lora") == "full":
             print(f"next: python chat.py --model {options.output}/final")
         else:
+            if options.method == "lora":
+                print(f"next: python chat.py --model {options.model} --adapter {options.output}/final, or")
             print(
                 f"next: python -m finetune.merge --model {options.model} --adapter {options.output}/final --output MERGED, then "
                 "python chat.py --model MERGED"
@@ -254,7 +256,7 @@ def _arguments(options: CommonOptions, task: Task):
         bf16=options.bf16,
         seed=options.seed,
         data_seed=options.seed,
-        logging_steps=options.log_steps,
+        logging_steps=options.log_steps or 10,  # without the option, LogOften goes by the length of the run
         logging_first_step=True,
         eval_strategy="steps",
         eval_steps=eval_steps,
@@ -282,6 +284,7 @@ def _callbacks(options: CommonOptions, model: nn.Module, more: tuple[TrainerCall
     elif options.router_bias_rate:
         raise ValueError(f"router_bias_rate is {options.router_bias_rate}, but the model has no routed experts")
     callbacks += list(more) or [ProgressBar()]
+    callbacks += [] if options.log_steps else [LogOften()]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(options.early_stopping))
     return callbacks

@@ -24,6 +24,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepseekConfig",
     "AutoModel": "modeling_deepseek.DeepseekModel",
     "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_deepseek.DeepseekForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_deepseek.DeepseekForTokenClassification",
 }

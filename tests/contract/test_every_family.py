@@ -1,6 +1,7 @@
 """What holds for every row of the table in tiny.py: shapes, caches, padding, kernels, saving, heads."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     DeepseekV3ForSequenceClassification,
     DeepseekV3ForTokenClassification,
     DynamicCache,
+    LlamaForQuestionAnswering,
     StaticCache,
 )
 
@@ -474,6 +476,41 @@ def test_classification_trains(family, head):
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for _ in range(20):
         loss = model(tokens, labels=labels).loss
+        loss.backward()
+        unused = {name for name, p in model.named_parameters() if p.grad is None}
+        assert all("layers.3." in name for name in unused), unused  # multi-token prediction is for language models
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0], losses
+
+
+def test_question_answering_equals_native(tmp_path):
+    ours = make_model("llama", head="ForQuestionAnswering")
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForQuestionAnswering"]
+    reference, report = LlamaForQuestionAnswering.from_pretrained(
+        tmp_path, key_mapping={"^model": "transformer"}, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokens, mask = make_tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    tokens[1, 9:], mask[1, 9:] = 2, 0
+    places = {"start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([3, 4])}
+    actual, expected = (model(tokens, attention_mask=mask, **places) for model in (ours, reference.eval()))
+    assert_close(actual.loss, expected.loss, "loss")
+    for name in ("start_logits", "end_logits"):
+        assert actual[name].shape == (2, 12)
+        assert_close(actual[name][mask.bool()], expected[name][mask.bool()], name)
+
+
+@pytest.mark.compatibility("question answering")
+def test_question_answering_trains(family):
+    model, tokens = make_model(family, head="ForQuestionAnswering").train(), make_tokens(6, 10)
+    starts = torch.tensor([0, 1, 2, 3, 4, 5])
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(20):
+        loss = model(tokens, start_positions=starts, end_positions=starts + 2).loss
         loss.backward()
         unused = {name for name, p in model.named_parameters() if p.grad is None}
         assert all("layers.3." in name for name in unused), unused  # multi-token prediction is for language models

@@ -32,7 +32,8 @@ IMPORTED = {
     },
     "transformers.integrations.moe": {"ALL_EXPERTS_FUNCTIONS", "use_experts_implementation"},
     "transformers.modeling_layers": {
-        *("GenericForSequenceClassification", "GenericForTokenClassification", "GradientCheckpointingLayer"),
+        *("GenericForQuestionAnswering", "GenericForSequenceClassification", "GenericForTokenClassification"),
+        "GradientCheckpointingLayer",
     },
     "transformers.modeling_outputs": {"ModelOutput"},
     "transformers.modeling_rope_utils": {"ROPE_INIT_FUNCTIONS", "dynamic_rope_update"},

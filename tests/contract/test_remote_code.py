@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -197,6 +198,24 @@ def test_classification(family, auto_class, shape, checkpoint, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = auto_class.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
     assert torch.equal(again(tokens).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "v3", "v32", "nsa"])
+def test_question_answering(family, checkpoint, tmp_path):
+    """Every checkpoint of a language model loads, under its own names and but for the new head."""
+    folder, tokens = checkpoint(family), make_tokens(2, 9)
+    load = AutoModelForQuestionAnswering.from_pretrained
+    model, report = load(folder, trust_remote_code=True, output_loading_info=True)
+    assert report["missing_keys"] == {"qa_outputs.weight", "qa_outputs.bias"}
+    states = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(tokens).last_hidden_state
+    expected = model.eval()(tokens)
+    assert torch.equal(expected.start_logits, model.qa_outputs(states)[..., 0])
+    model.save_pretrained(tmp_path / "again")
+    again, report = load(tmp_path / "again", trust_remote_code=True, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for name in ("start_logits", "end_logits"):
+        assert torch.equal(again.eval()(tokens)[name], expected[name])
 
 
 def test_from_config(checkpoint):

@@ -191,7 +191,9 @@ def test_model_plans_hold_the_head(name):
     assert "lm_head" in getattr(DeepseekForCausalLM, f"_{name}")
 
 
-@pytest.mark.parametrize("head", ["ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model"])
+@pytest.mark.parametrize(
+    "head", ["ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification", "Model"]
+)
 def test_layers_that_must_not_be_split(head):
     model = make_model("v3", head=head)
     present = {type(module).__name__ for module in model.modules()}

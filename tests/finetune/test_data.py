@@ -423,3 +423,18 @@ def test_preview_colours_what_is_learned(tokenizer):
     assert f"{green}2{tokenizer.eos_token}" in out.getvalue()
     assert f"{dim}{tokenizer.bos_token}" in out.getvalue()
     assert out.getvalue().count(green) == 1
+
+
+def test_a_broken_line_is_named_once(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match="line 2: is no JSON: Expecting value, column 10") as error:
+        data.read_examples([path])
+    assert str(error.value).count("line ") == 1
+
+
+def test_an_empty_file_points_to_the_docs(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"has no examples; docs/finetuning\.md"):
+        data.read_examples([path])

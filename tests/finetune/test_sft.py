@@ -119,6 +119,10 @@ def test_a_run_leaves_a_result_that_loads_and_a_report(chat_checkpoint, files, f
     assert f"library_name: {'transformers' if method == 'full' else 'peft'}" in card
     assert f"| loss | {report.before['loss']:.4g} | {report.after['loss']:.4g} |" in card
     assert str(files) not in card  # no path of this machine
+    if method == "lora":
+        assert "finetune" not in card
+        assert 'PeftModel.from_pretrained(model, "path/to/this/folder")' in card
+        assert "AutoPeftModelForCausalLM" in card
     assert not (output / "README.md").exists()
 
 
@@ -153,8 +157,12 @@ def test_command_line(chat_checkpoint, files, capsys):
     assert "the loss counts the" in printed  # the preview
     assert "attention" in printed
     assert "48 examples to train on, 12 held out" in printed
-    data = str(files / "held_out.jsonl")
     adapter = str(files / "run" / "final")
+    assert f"next: python chat.py --model {config['model']} --adapter {adapter}" in printed
+    record = json.loads((files / "run" / "training.json").read_text())
+    steps = [entry["step"] for entry in record["log"] if "loss" in entry]
+    assert steps == [1, 2]  # a short run is logged at every step
+    data = str(files / "held_out.jsonl")
     assert evaluate_main(["--model", config["model"], "--adapter", adapter, "--data", data]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 12
 
