@@ -254,13 +254,14 @@ def load_into(service, args: argparse.Namespace) -> None:
         )
     service.attach(model, tokenizer, batching, args.kept_caches)
     count = sum(parameter.numel() for parameter in model.parameters())
-    address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}/v1"
+    root = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}"
+    address = f"{root}/v1"
     key = " -H 'Authorization: Bearer YOUR-KEY'" if args.api_key else ""
     print(
         f"serving {args.name} at {address}: {count / 1e6:,.1f} million parameters, {model.dtype} on {model.device}, "
         f"context {service.context} tokens\n"
         f"  {'requests share forward passes' if batching else 'one request after the other'}, "
-        f"{'with' if args.api_key else 'without'} an API key; Ctrl-C ends it. Try:\n"
+        f"{'with' if args.api_key else 'without'} an API key; Ctrl-C ends it. Chat in a browser at {root}/ or try:\n"
         f"  curl {address}/chat/completions -H 'Content-Type: application/json'{key} "
         '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
         flush=True,

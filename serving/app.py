@@ -1,4 +1,4 @@
-"""The web application: OpenAI's chat completions, completions and models, `/health` and `/metrics`, for one model.
+"""The web application: OpenAI's chat completions, completions and models, `/health`, `/metrics` and a chat page at `/`.
 
 service = Service("deepseek")
 app = service.app()          # answers 503 "loading" until
@@ -26,6 +26,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 from common.extras import MissingExtra
 from serving.choices import ChatChoice, Choice, TextChoice, whole_message, whole_text
 from serving.engine import BothEngines, Engine, EngineFailed, Generation, check_settings, end_ids
+from serving.page import page
 from serving.protocol import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -128,6 +129,7 @@ class Service:
             await asyncio.to_thread(self.stop)
 
         routes = [
+            Route("/", self._page),
             Route("/v1/chat/completions", self._answering(self._chat), methods=["POST"]),
             Route("/v1/completions", self._answering(self._completion), methods=["POST"]),
             Route("/v1/models", self._models),
@@ -141,6 +143,9 @@ class Service:
 
     # ---- routes
 
+    async def _page(self, request: Request) -> Response:
+        return page()
+
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_entry()]})
 
@@ -150,7 +155,7 @@ class Service:
 
     def _model_entry(self) -> dict:
         entry = {"id": self.name, "object": "model", "created": self._created, "owned_by": "local"}
-        return entry | ({"max_model_len": self.context} if self.engine is not None else {})
+        return entry | ({"max_model_len": self.context, "thinking": self.thinking} if self.engine is not None else {})
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
@@ -558,7 +563,8 @@ class Guard:
                 "(--allowed-hosts)",
                 status=403,
             )
-        if request.url.path == "/health":
+        # Not `request.url`, of which older releases of Starlette make the Host header a part as it is.
+        if request.scope["path"] in ("/", "/health"):  # the page asks for the key itself
             return
         if self.service.api_key is not None:
             given = request.headers.get("authorization", "").partition(" ")
@@ -582,7 +588,7 @@ class Guard:
         log.info("%s %s %d%s %.2f s", scope["method"], path, status, tokens, seconds)
 
 
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+_PATHS = ("/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 
 def _host_name(host: str) -> str:

@@ -1572,7 +1572,8 @@ def test_an_api_key(tokenizer):
                 },
             )
         for path in ("/v1/models", "/metrics"):
-            assert answer_to(client, http(path, b"", "GET"))[0] == 401
+            for host in ("localhost", "x/health?", "x/?", "x/health#"):
+                assert answer_to(client, http(path, b"", "GET", Host=host))[0] == 401
         assert answer_to(client, http("/health", b"", "GET")) == (200, {"status": "ok"})
         with pytest.raises(openai.AuthenticationError):
             ask(client, "Hello")
