@@ -25,7 +25,7 @@ from compress.layers import LayerByLayer
 from compress.prune import Measurement, Pruning, measure, pruned_config, unseen_experts
 from compress.rewrite import Job, Source
 from compress.scores import SCORES, choose, score
-from pretrain.data import load_held_out
+from pretrain.data import HeldOut, load_held_out
 from pretrain.evaluate import bits_per_byte, held_out_nll
 from tokenization.documents import is_held_out, read_documents
 
@@ -52,6 +52,17 @@ def with_groups(folder: Path, n_group: int, topk_group: int) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").symlink_to(ROOT / "model.safetensors")
     return folder
+
+
+def spread(text: HeldOut, every: int, tokenizer) -> HeldOut:
+    """Each `every`-th window, from all over the text; of byte-level tokens each character stands for a byte."""
+    windows = text.windows[::every]
+    if (len(text.windows) - 1) % every == 0:
+        windows = windows[:-1]  # the last one has filling
+    special = set(tokenizer.all_special_ids)
+    targets = [token for token in windows[:, 1:].flatten().tolist() if token not in special]
+    num_bytes = sum(map(len, tokenizer.convert_ids_to_tokens(targets)))
+    return HeldOut(windows, num_targets=windows[:, 1:].numel(), num_bytes=num_bytes)
 
 
 def evaluate(folder: Path, held_out: dict, bos: int) -> dict[str, float]:
@@ -118,12 +129,14 @@ def main():
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the corpus, .jsonl.gz files")
     parser.add_argument("--data", type=Path, required=True, help="folder that pretrain.data has written")
     parser.add_argument("--tokens", type=int, default=57344, help="calibration tokens (%(default)s)")
-    parser.add_argument("--held-out-tokens", type=int, default=8192, help="of each language, about (%(default)s)")
+    parser.add_argument("--every", type=int, default=4, help="each so many-th held-out window is read (%(default)s)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    held_out = load_held_out(arguments.data, 512, max_tokens=arguments.held_out_tokens)
     tokenizer = load_tokenizer(ROOT)
+    held_out = {
+        name: spread(text, arguments.every, tokenizer) for name, text in load_held_out(arguments.data, 512).items()
+    }
     tokenizer.model_max_length = 2**31
     results = {}
     with tempfile.TemporaryDirectory() as name:
@@ -149,7 +162,7 @@ def main():
     draw(results, RESULTS / "compress.png")
     command = (
         f"python -m benchmarks.compress --corpus CORPUS --data DATA --tokens {arguments.tokens} "
-        f"--held-out-tokens {arguments.held_out_tokens}"
+        f"--every {arguments.every}"
     )
     write_results("compress", {"machine": describe_machine(), "command": command, "results": results})
 
