@@ -168,6 +168,8 @@ class CheckpointFiles:
         Raises:
             ValueError: naming the tensor; an expert's under the name that it has in the files.
         """
+        if shapes:
+            self._check_expert_count(model.config)
         has_indexer = any(".indexer." in name for name in self.shard_of)
         for name, shape in _names_in_files(model, self.shard_of):
             name, optional = self._own_name(name), _belongs_to_head(name, model)
@@ -190,6 +192,28 @@ class CheckpointFiles:
                     f"{tuple(shape)}. Use the config.json that belongs to the weights, or download both again. For a "
                     "changed vocabulary, load and then call model.resize_token_embeddings."
                 )
+
+    def _check_expert_count(self, config):
+        """Tells pruned experts, which some tools leave out of config.json, from damage."""
+        routers = {name: re.search(r"\blayers\.(\d+)\.mlp\.gate\.weight$", name) for name in self.headers}
+        rows = {int(match[1]): self.headers[name]["shape"][0] for name, match in routers.items() if match}
+        counts = {number for layer, number in rows.items() if layer < config.num_hidden_layers}
+        expected = getattr(config, "n_routed_experts", None)
+        if expected is None or len(counts) != 1 or counts == {expected}:
+            return
+        number = counts.pop()
+        unpruned = sorted(i for i in rows if i >= config.num_hidden_layers and rows[i] != number)
+        remedy = f"Set `n_routed_experts` to {number} in config.json"
+        if unpruned:
+            remedy += (
+                f", and `num_nextn_predict_layers` to 0, since the prediction module in layer {unpruned[0]} still has "
+                f"{rows[unpruned[0]]}"
+            )
+        raise ValueError(
+            f"`n_routed_experts` is {expected}, but every router in {self._path} has the shape for {number} experts: a tool has pruned them "
+            f"without saying so in config.json, as llm-compressor does, or config.json is another model's. {remedy}; or use "
+            "the config.json that belongs to the weights."
+        )
 
     def check_scales(self, block_size: tuple[int, int] | None):
         """

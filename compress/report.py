@@ -45,18 +45,18 @@ def page(record: dict) -> str:
         f"<h1>{len(next(iter(kept.values())))} of {total} experts stay</h1>",
         f"<p>Score: {html.escape(record['score'])}. Loss of the original on the calibration text: {record['loss']:.3f} nats a "
         f"token (counting tokens: {record['unigram_loss']:.3f}).</p>",
-        "<h2>Calibration text</h2>" + _table(["file", "language", "tokens"], [list(f.values()) for f in files]),
+        "<h2>Calibration text</h2>" + table(["file", "language", "tokens"], [list(f.values()) for f in files]),
         "<h2>Scores</h2><p>Each layer's experts by score, the largest being 1; a cross has gone.</p>",
-        _image(_draw_scores(record["score"], sums, kept)),
+        image(_draw_scores(record["score"], sums, kept)),
         "<h2>Routing weight that is lost</h2><p>The part of the routing weights that went to experts that are gone, by text. "
         "The router gives it to others now.</p>",
-        _table(
+        table(
             ["layer", *groups], [[i, *(f"{_lost(sums[i], kept[i], g):.1%}" for g in groups.values())] for i in sums]
         ),
-        _image(_draw_lost(sums, kept, groups)),
+        image(_draw_lost(sums, kept, groups)),
         "<h2>What the experts that went were used for</h2><p>Of each expert's tokens, the part by file, as if all files were "
         f"of one length. At most {_SHOWN} a layer, the busiest first.</p>",
-        _table(
+        table(
             ["layer", "expert", "share of the layer's tokens", *(f["name"] for f in files)], _uses(sums, kept, total)
         ),
     ]
@@ -90,14 +90,14 @@ def _draw_scores(name: str, sums: dict[int, torch.Tensor], kept: dict[int, list[
     scores = torch.stack([score(value, name) for value in sums.values()])  # [layers, E]
     scores = scores / scores.amax(dim=1, keepdim=True).clamp(min=1e-30)
     figure, axis = plt.subplots(figsize=(11, 0.35 * len(scores) + 1.6), layout="constrained")
-    image = axis.imshow(scores.tolist(), aspect="auto", vmin=0, vmax=1)
+    shown = axis.imshow(scores.tolist(), aspect="auto", vmin=0, vmax=1)
     for row, index in enumerate(sums):
         gone = sorted(set(range(scores.shape[1])) - set(kept[index]))
         axis.plot(gone, [row] * len(gone), "x", color="red", markersize=4)
     axis.set_yticks(range(len(sums)), [f"layer {index}" for index in sums])
     axis.set_xlabel("expert")
-    figure.colorbar(image, ax=axis)
-    return _png(figure)
+    figure.colorbar(shown, ax=axis)
+    return png(figure)
 
 
 def _draw_lost(sums: dict[int, torch.Tensor], kept: dict[int, list[int]], groups: dict[str, list[int]]) -> bytes:
@@ -110,20 +110,23 @@ def _draw_lost(sums: dict[int, torch.Tensor], kept: dict[int, list[int]], groups
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", ncols=2)
-    return _png(figure)
+    return png(figure)
 
 
-def _table(header: list[str], rows: list[list]) -> str:
+def table(header: list[str], rows: list[list]) -> str:
+    """HTML of a table."""
     cells = "".join(f"<th>{html.escape(str(name))}</th>" for name in header)
     lines = ("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{cells}</tr>{''.join(lines)}</table>"
 
 
-def _image(png: bytes) -> str:
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def image(data: bytes) -> str:
+    """A PNG as HTML."""
+    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
-def _png(figure) -> bytes:
+def png(figure) -> bytes:
+    """The figure as a PNG; closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -494,3 +494,22 @@ def test_every_file_gives_as_much_from_all_over_it(model, tmp_path):
     assert max(numbers) > 10000 > 5000 > min(numbers)
     again = read_calibration([long, short], tokenizer, tokens=1000, context_tokens=50)
     assert torch.equal(found.ids, again.ids)
+
+
+@pytest.mark.parametrize("prunes_mtp", [True, False])
+def test_a_count_that_another_tool_left_in_the_config(prunes_mtp, checkpoint, tmp_path):
+    """As llm-compressor leaves it; its own class has no prediction module, ours keeps it whole."""
+    folder = checkpoint("v3", n_routed_experts=16)
+    prune_folder(folder, tmp_path / "pruned", 12)
+    path = tmp_path / "pruned" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_routed_experts": 16}))
+    if not prunes_mtp:
+        whole, tensors = load_file(folder / "model.safetensors"), load_file(path.with_name("model.safetensors"))
+        tensors |= {name: tensor for name, tensor in whole.items() if "layers.3." in name}
+        save_file(tensors, path.with_name("model.safetensors"), metadata={"format": "pt"})
+    told = "`n_routed_experts` is 16, but every router .* 12 experts.*Set `n_routed_experts` to 12 in config.json"
+    with pytest.raises(ValueError, match=told + ("; or" if prunes_mtp else ", and `num_nextn_predict_layers` to 0")):
+        DeepseekForCausalLM.from_pretrained(tmp_path / "pruned")
+    remedy = {"n_routed_experts": 12} | ({} if prunes_mtp else {"num_nextn_predict_layers": 0})
+    path.write_text(json.dumps(json.loads(path.read_text()) | remedy))
+    assert DeepseekForCausalLM.from_pretrained(tmp_path / "pruned").config.n_routed_experts == 12

@@ -96,6 +96,19 @@ def test_this_checkpoint_in_its_own_class(prompts, trust_remote_code):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("model_impl", ["vllm", "transformers"])
+def test_pruned_experts(prompts, tmp_path, model_impl):
+    prune = pytest.importorskip("compress.prune", reason="made before requirements-vllm.txt had matplotlib")
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark night, and 从前有一个国王。 def fib(n): return n\n" * 50)
+    folder = tmp_path / "pruned"
+    options = ["--keep", "0.5", "--calibration", str(text), "--tokens", "2000", "--unseen", "drop"]
+    assert prune.main(["--model", str(ROOT), "--output", str(folder), *options]) == 0
+    engine = {"model_impl": model_impl, "trust_remote_code": True, **WITHOUT_ITS_ROTARY_KERNEL}
+    _assert_as_transformers(folder, prompts, _decode(folder, prompts, mla=False, **engine))
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="vLLM's CPU kernel for rotary embeddings")
 def test_its_rotary_kernel(prompts):
     """Fails as soon as vLLM is right without the setting; then the setting and its documentation go."""
