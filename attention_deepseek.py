@@ -61,8 +61,9 @@ class AttentionInput(NamedTuple):
     @property
     def sees_all(self) -> bool:
         """Whether it is known without a mask that nothing is hidden: one new token, no padding, no slots to come."""
-        looks = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        if self.length > 1 or isinstance(self.past_length, torch.Tensor) or not looks:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False  # what is recorded must hold for other values too
+        if self.length > 1 or isinstance(self.past_length, torch.Tensor):
             return False
         return self.attention_mask is None or (self.attention_mask.ndim == 2 and bool(self.attention_mask.all()))
 
