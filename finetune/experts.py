@@ -17,9 +17,10 @@ Letters: N tokens, E experts, P experts a token.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,8 +60,10 @@ def measure_routing(
     Returns:
         Layer number -> routing; empty for a model without routed experts. Multi-token-prediction modules do not run.
     """
-    routers = {module.layer_idx: module for module in model.modules() if "expert_load" in vars(module)}
-    gate_sums, token_sums, real = {}, {}, None
+    routers: dict[Any, Any] = {module.layer_idx: module for module in model.modules() if "expert_load" in vars(module)}
+    gate_sums: dict[int, torch.Tensor] = {}
+    token_sums: dict[int, torch.Tensor] = {}
+    real: torch.Tensor | None = None
 
     def note(layer: int, num_experts: int):
         def hook(_module, _inputs, outputs):
@@ -137,7 +140,7 @@ class _SliceGradients(torch.autograd.Function):
         return stack.view_as(stack)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx, gradient: torch.Tensor):  # pyrefly: ignore[bad-override]  # as PyTorch documents it
         return None, None, *(gradient[expert].clone() for expert in ctx.experts)
 
 
@@ -193,11 +196,12 @@ def finish_expert_training(model: nn.Module) -> None:
                 stack.requires_grad_(True)
 
 
-def _expert_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Layer number -> its stacked experts."""
+def _expert_modules(model: nn.Module) -> dict[int, Any]:
+    """Layer number -> its stacked experts, a module of the model's own code."""
+    modules: Iterable[Any] = model.modules()
     return {
         module.gate.layer_idx: module.experts
-        for module in model.modules()
+        for module in modules
         if hasattr(module, "experts") and hasattr(getattr(module, "gate", None), "layer_idx")
     }
 
@@ -268,7 +272,7 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
         place.copy_(tensor)
 
 
-def _place(experts: nn.Module | None, expert: int, part: str) -> torch.Tensor | None:
+def _place(experts: Any, expert: int, part: str) -> torch.Tensor | None:
     """The part of a stack that one weight of the checkpoint is."""
     if experts is None or expert >= experts.num_experts:
         return None

@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -92,7 +93,7 @@ def lora_config(
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyrefly: ignore[bad-argument-type]  # PEFT says int and takes floats
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
@@ -189,7 +190,7 @@ def _resolve_targets(model: nn.Module, targets: Sequence[str], include_mtp: bool
 
 
 def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
-    config = model.config
+    config: Any = model.config
     num_layers = config.num_hidden_layers
     if include_mtp:
         num_layers += getattr(config, "num_nextn_predict_layers", 0)
@@ -200,7 +201,7 @@ def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
 def _names(model: nn.Module, groups: Sequence[str], include_mtp: bool) -> list[str]:
     """Names of the modules (or parameters) of groups, in the model's order, with or without adapters on them."""
     layer = _layer_pattern(model, include_mtp)
-    found = {group: [] for group in groups}
+    found: dict[str, list[str]] = {group: [] for group in groups}
     for name, _ in (*model.named_modules(), *model.named_parameters()):
         # PEFT keeps what it wraps as `base_layer`
         plain = re.sub(r"\.base_layer\b", "", name)

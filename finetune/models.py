@@ -1,7 +1,8 @@
 """Loading models for fine-tuning, and putting a method on them: LoRA, QLoRA, ESFT or full."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -50,12 +51,13 @@ def load_model(
             f"the tokenizer of {model_dir} has {len(tokenizer)} tokens, but `vocab_size` is {config.vocab_size}; use the "
             "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and save"
         )
-    more = {} if attention is None else {"attn_implementation": attention}
+    more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantise != "none":
         more["quantization_config"] = quantisation_config(quantise)
         config.separate_experts = False  # LoRA's targets, ESFT and merging are for stacked ones
     model = loading.load_model(model_dir, trust_remote_code, config, dtype=dtype, **more)
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50: the first evaluation on a CPU would pack the weights for a product that has no gradient
             # (training would go on without a word) and that wants multiples of 32 as widths.
