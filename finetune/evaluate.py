@@ -28,7 +28,7 @@ CausalLM = Any  # transformers has no type for a model that generates, with PEFT
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of one example."""
+    """A model's answer to one example, and how it compares."""
 
     example: dict
     text: str  # the greedy answer

@@ -55,7 +55,7 @@ class Routing:
 def measure_routing(
     model: nn.Module, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 8
 ) -> dict[int, Routing]:
-    """Run rendered examples through the model and note where its routers send their tokens.
+    """Run rendered examples through the model and record where its routers send the tokens.
 
     Returns:
         Layer number -> routing; empty for a model without routed experts. Multi-token-prediction modules do not run.
@@ -119,7 +119,7 @@ def choose_experts(routing: dict[int, Routing], score: str, threshold: float) ->
 
 
 def describe_choice(chosen: dict[int, list[int]], routing: dict[int, Routing], score: str) -> str:
-    """A table of the chosen experts and of how concentrated each layer's routing is, for people."""
+    """A table of the chosen experts and of how concentrated each layer's routing is, to print."""
     lines = [f"{'layer':>5}  {'chosen':>6}  {'their share':>11}  {'busiest / mean':>14}  experts"]
     for layer, experts in chosen.items():
         share = float(getattr(routing[layer], score)[experts].sum())
@@ -186,7 +186,7 @@ def train_only_experts(model: nn.Module, chosen: dict[int, list[int]]) -> None:
 
 
 def finish_expert_training(model: nn.Module) -> None:
-    """Take the parametrisations off again: the stacks hold what was trained, and the model is a plain one."""
+    """Remove the parametrisations: the stacks hold the trained experts, and the model is a plain one again."""
     for experts in _expert_modules(model).values():
         for name in STACKS:
             if parametrize.is_parametrized(experts, name):
@@ -273,7 +273,7 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
 
 
 def _place(experts: Any, expert: int, part: str) -> torch.Tensor | None:
-    """The part of a stack that one weight of the checkpoint is."""
+    """The part of a stack that holds one weight of the checkpoint."""
     if experts is None or expert >= experts.num_experts:
         return None
     name = "down_proj" if part == "down_proj" else "gate_up_proj"

@@ -1,4 +1,5 @@
-"""LoRA (arXiv:2106.09685) on DeepSeek models: named groups of targets instead of module names, and proof that they were hit.
+"""LoRA (arXiv:2106.09685) on DeepSeek models: named groups of targets instead of module names, and a check that all of
+them are adapted.
 
     attention   every projection of GQA, MLA or NSA
     shared      the shared experts' MLP
@@ -9,7 +10,7 @@
 The router is never adapted: a changed router sends tokens to experts that were not trained for them. The same holds for
 what chooses in sparse attention: DSA's indexer, NSA's compressors and branch gate. The multi-token-prediction modules,
 `layers[num_hidden_layers:]`, are left out unless asked for, since plain generation does not use them; their `eh_proj`,
-the embedding and the output head always are.
+the embedding and the output head are never adapted.
 
 PEFT matches names and says nothing when a name matches no module; `add_lora` counts what was really adapted.
 """
@@ -116,7 +117,9 @@ def add_lora(
     rslora: bool = False,
     dora: bool = False,
 ) -> PeftModel:
-    """Wrap `model` with new LoRA adapters, and check that each named group got all of its own. Arguments as `lora_config`.
+    """Wrap `model` with new LoRA adapters, and check that each named group is adapted completely.
+
+    Arguments as `lora_config`.
 
     Raises:
         ValueError: as `lora_config`, or a group's modules were not all adapted.
@@ -141,12 +144,12 @@ def check_adapters(peft_model: PeftModel, targets: Sequence[str] = ("all",), inc
 
 
 def whole_size(parameter: nn.Parameter) -> int:
-    """Numbers of a parameter, the same in all processes; of one that DeepSpeed's ZeRO-3 cut up, nothing is left here."""
+    """Elements of a whole parameter, the same in all processes; DeepSpeed's ZeRO-3 leaves an empty tensor of one here."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
-    """Count adapters by group, from the adapters' own names, so whatever made them.
+    """Count adapters by group, going by the adapters' own names, whatever made them.
 
     Adapters outside the four groups, for instance on the router, are reported as "other".
     """
@@ -165,7 +168,7 @@ def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
 
 
 def describe_adapters(peft_model: nn.Module) -> str:
-    """A table of what is adapted, for people."""
+    """A table of the adapted modules and parameters, to print."""
     rows = adapted_groups(peft_model)
     total = sum(row.trainable for row in rows)
     everything = sum(map(whole_size, peft_model.parameters()))

@@ -1,4 +1,4 @@
-"""Loading models for fine-tuning, and putting a method on them: LoRA, QLoRA, ESFT or full."""
+"""Loads models for fine-tuning and applies a method to them: LoRA, QLoRA, ESFT or full."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,7 +37,8 @@ def load_model(
         trust_remote_code: whether code of the checkpoint may run, instead of this repository's.
 
     Raises:
-        ValueError: the tokenizer has ids that the model's vocabulary lacks, or this machine cannot quantise so.
+        ValueError: the tokenizer has ids that the model's vocabulary lacks, or this machine lacks what the
+        quantisation needs.
         OSError: there is no such model.
     """
     if Path(model_dir).is_dir():
@@ -99,7 +100,7 @@ def quantisation_config(quantise: str):
 
 
 def load_result(model: PreTrainedModel, folder: str | Path) -> nn.Module:
-    """Put what a run with LoRA or ESFT wrote on its base model: the model with it, for use.
+    """Load the result of a LoRA or ESFT run onto its base model.
 
     Raises:
         FileNotFoundError, ValueError: there is nothing of the kind, or it is another model's.
@@ -117,7 +118,7 @@ def prepare(
     mtp: bool = False,
     own_losses: bool = False,
 ) -> tuple[LoraConfig | None, str]:
-    """Put the method on a loaded model, and say what will be trained.
+    """Apply the method to a loaded model, and describe what will be trained.
 
     Args:
         model: from `load_model`, on its device.
@@ -127,7 +128,7 @@ def prepare(
         own_losses: whether the trainer adds the model's own losses; without them nothing teaches DSA's indexer.
 
     Returns:
-        PEFT's configuration, for the trainer to apply (None for the other methods), and a table for people.
+        PEFT's configuration, for the trainer to apply (None for the other methods), and a table to print.
 
     Raises:
         ValueError: the model lacks what the options name.
@@ -146,7 +147,7 @@ def prepare(
 
 
 def _freeze_for_full(model: PreTrainedModel, train_router: bool, mtp: bool, indexer: bool) -> None:
-    """Everything is trained but the router, unless asked for, and what the loss does not reach."""
+    """Train everything but the router (unless asked for) and the parameters that the loss does not reach."""
     model.requires_grad_(True)
     first_mtp = model.config.num_hidden_layers
     for name, module in model.named_modules():
