@@ -41,7 +41,7 @@ FLOWS = {
             Step("attention of the layer's kind", "gqa_ mla_ dsa_ nsa_deepseek.py", "[B, S, hidden]", True),
             Step("write to the stream, read, normalise", "layers_deepseek.py", "[B, S, hidden]", True),
             Step("MLP, or router and experts", "layers_deepseek.py, moe_deepseek.py", "[B, S, hidden]", True),
-            Step("write to the stream; note losses and loads", "modeling_deepseek.py", "stream, notes", True),
+            Step("write to the stream; note losses and loads", "losses_deepseek.py", "stream, notes", True),
             Step("last norm, output head", "modeling_deepseek.py", "logits [B, S, vocabulary]"),
             Step("with labels: next-token, MTP, balance, indexer losses", "modeling_deepseek.py"),
         ],
