@@ -112,7 +112,7 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
-                        yield f"{source}, line {number}", json.loads(line)
+                        yield f"{source}, line {number}", json.loads(line.rstrip(b"\r\n"))
                     except json.JSONDecodeError as error:  # its own line is that of the record, always 1
                         yield f"{source}, line {number}", ValueError(f"is no JSON: {error.msg}, column {error.colno}")
                     except ValueError as error:  # encoding errors are ValueErrors too
