@@ -113,7 +113,6 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
-                        # without its end of line, after which errors at the end of the record would count columns
                         yield f"{source}, line {number}", json.loads(line.rstrip(b"\r\n"))
                     except json.JSONDecodeError as error:  # its own line is that of the record, always 1
                         yield f"{source}, line {number}", ValueError(f"is no JSON: {error.msg}, column {error.colno}")

@@ -17,7 +17,7 @@ PEFT matches names and says nothing when a name matches no module; `add_lora` co
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,14 @@ from torch import nn
 
 from common.command import no_command
 
-# Names inside a decoder layer. The routed experts are parameters, not modules, and need PEFT's `target_parameters`.
-_MODULES = {
-    "attention": r"self_attn\.(?:q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"
-    r"|(?:compress|select|window)_[kv]_proj)",
+# Names inside a decoder layer; those of the attention say its layers. The routed experts are parameters, not modules, and
+# need PEFT's `target_parameters`.
+_MLPS = {
     "shared": r"mlp\.shared_experts\.(?:gate_proj|up_proj|down_proj)",
     "dense": r"mlp\.(?:gate_proj|up_proj|down_proj)",
 }
 _PARAMETERS = {"routed": r"mlp\.experts\.(?:gate_up_proj|down_proj)"}
-GROUPS = (*_MODULES, *_PARAMETERS)
+GROUPS = ("attention", *_MLPS, *_PARAMETERS)
 TARGETS = (*GROUPS, "all")
 
 
@@ -89,7 +88,7 @@ def lora_config(
         raise ValueError(
             "dora is on, but PEFT has it for modules only, not for the routed experts; leave out 'routed'"
         )
-    module_patterns = [_MODULES[group] for group in groups if group in _MODULES]
+    module_patterns = [pattern for group, pattern in _modules(model).items() if group in groups]
     parameters = _names(model, ["routed"], include_mtp) if "routed" in groups else []
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -153,13 +152,14 @@ def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
 
     Adapters outside the four groups, for instance on the router, are reported as "other".
     """
+    modules = _modules(peft_model)
     adapted: dict[str, set[str]] = {}
     trainable: dict[str, int] = {}
     for name, parameter in peft_model.named_parameters():
         owner, *adapter = re.split(r"\.lora_(?:A|B|magnitude_vector)\.", name)
         if not adapter:
             continue
-        group = _group_of_adapter(owner)
+        group = _group_of_adapter(owner, modules)
         adapted.setdefault(group, set()).add(owner)
         trainable[group] = trainable.get(group, 0) + whole_size(parameter)
     return [
@@ -203,22 +203,29 @@ def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
 
 def _names(model: nn.Module, groups: Sequence[str], include_mtp: bool) -> list[str]:
     """Names of the modules (or parameters) of groups, in the model's order, with or without adapters on them."""
-    layer = _layer_pattern(model, include_mtp)
+    layer, patterns = _layer_pattern(model, include_mtp), _modules(model) | _PARAMETERS
     found: dict[str, list[str]] = {group: [] for group in groups}
     for name, _ in (*model.named_modules(), *model.named_parameters()):
         # PEFT keeps what it wraps as `base_layer`
         plain = re.sub(r"\.base_layer\b", "", name)
         for group in groups:
-            if re.fullmatch(layer + {**_MODULES, **_PARAMETERS}[group], plain) and plain not in found[group]:
+            if re.fullmatch(layer + patterns[group], plain) and plain not in found[group]:
                 found[group].append(plain)
     return [name for names in found.values() for name in names]
 
 
-def _group_of_adapter(owner: str) -> str:
+def _modules(model: nn.Module) -> dict[str, str]:
+    """For each group of modules the pattern of its names inside a decoder layer."""
+    modules: Iterable[Any] = model.modules()
+    names = sorted({name for module in modules for name in getattr(module, "adapters", ())})
+    return {"attention": rf"self_attn\.(?:{'|'.join(names)})"} | _MLPS
+
+
+def _group_of_adapter(owner: str, modules: dict[str, str]) -> str:
     # PEFT wraps the experts once for each parameter, so that one wrapper is `experts` and the other `experts.base_layer`.
     if re.search(r"\.mlp\.experts(?:\.base_layer)*$", owner):
         return "routed"
-    return next((group for group in _MODULES if re.search(rf"layers\.\d+\.{_MODULES[group]}$", owner)), "other")
+    return next((group for group, name in modules.items() if re.search(rf"layers\.\d+\.{name}$", owner)), "other")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", trainable: bool = False) -> PeftModel:

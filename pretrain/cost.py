@@ -64,7 +64,7 @@ def attention_flops(config, row_tokens: int) -> tuple[float, float]:
         limit = int(min(limit, row_tokens))
         return limit - limit * (limit - 1) / 2 / row_tokens
 
-    value_width = config.v_head_dim if config.attention_kind == "mla" else config.head_dim
+    value_width = config.v_head_dim if config.has_latent else config.head_dim
     per_key = 2 * config.num_attention_heads * (config.qk_head_dim + value_width)
     if config.attention_kind == "nsa":
         keys = mean_keys(row_tokens) / config.nsa_compress_stride + mean_keys(config.nsa_window_size)

@@ -160,7 +160,7 @@ def vector(numel: float) -> Part:
 
 def attention_parts(config: DeepseekConfig) -> dict[str, Part]:
     """One layer's attention, and its indexer where there is one."""
-    if config.attention_kind == "mla":
+    if config.has_latent:
         return _mla_parts(config)
     hidden, head = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -272,6 +272,11 @@ def _nsa_keys(config: DeepseekConfig, keys: np.ndarray) -> tuple[np.ndarray, np.
 def decode_flops(config: DeepseekConfig, context: int) -> float:
     """Operations of one new token that sees `context` tokens, itself included."""
     linear = sum(model_parts(config).values(), Part()).macs
+    if (
+        config.has_indexer and context <= config.index_topk
+    ):  # nothing to choose from: of the indexer only the key is made
+        idle = config.index_n_heads * (config.q_lora_rank * config.index_head_dim + config.hidden_size)
+        linear -= config.num_hidden_layers * idle
     return 2 * (linear + config.num_hidden_layers * float(attention_macs(config, np.array([context]), True)[0]))
 
 
@@ -305,7 +310,7 @@ def mtp_flops(config: DeepseekConfig, row: int) -> float:
 def cache_values(config: DeepseekConfig) -> dict[str, float]:
     """Numbers that the cache keeps, over all layers: for each token by kind, and `per sequence` whatever its length."""
     layers = config.num_hidden_layers
-    if config.attention_kind == "mla":
+    if config.has_latent:
         values = {"latents": layers * config.kv_lora_rank, "rotated keys": layers * config.qk_rope_head_dim}
         if config.has_indexer:
             values["indexer keys"] = layers * config.index_head_dim
@@ -398,7 +403,7 @@ def saved_bytes_per_token(config: DeepseekConfig, kind: str, width: int = 2) -> 
     mlp = 4  # gate, up, act(gate) and their product
     values = 0.0  # of `width` bytes
     norms = 2 * hidden  # numbers that are normalised
-    if config.attention_kind == "mla":
+    if config.has_latent:
         query, value = heads * config.qk_head_dim, heads * config.v_head_dim
         norms += config.kv_lora_rank + (config.q_lora_rank or 0)
         values += 2 * query + 2 * value  # queries and keys, values and outputs
@@ -526,7 +531,7 @@ def make_plan(
     device, weight_bits = GPUS[gpu], weight_bits or default_weight_bits(config)
     plan = {
         "model_type": config.checkpoint_model_type,
-        "attention": "mla with indexer" if config.has_indexer else config.attention_kind,
+        "attention": config.attention_kind,
         "gpu": {"name": gpu, **device._asdict()},
         "parameters": {
             "total": int(everything.total),

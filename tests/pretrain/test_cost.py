@@ -20,7 +20,7 @@ def test_training_flops_are_what_torch_counts(family):
         model(tokens, labels=tokens).loss.backward()
     # eager attention multiplies every query with every key, the hidden ones too
     config, layers = model.config, len(model.model.layers)
-    value_width = config.v_head_dim if config.attention_kind == "mla" else config.head_dim
+    value_width = config.v_head_dim if config.has_latent else config.head_dim
     all_keys = 2 * config.num_attention_heads * (config.qk_head_dim + value_width) * length
     expected = cost.training_flops_per_token(model, length)
     expected += 3 * layers * (all_keys - cost.attention_flops(config, length)[0])
