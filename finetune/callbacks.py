@@ -1,6 +1,7 @@
 """Callbacks for transformers' and TRL's trainers."""
 
 import warnings
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -32,7 +33,7 @@ class RouterBiasCallback(TrainerCallback):
         self.update_rate = update_rate
         self.expert_load: float | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         """Fails early rather than at the first step."""
         find_routed_model(model)
         if isinstance(model, PeftModel) and self.update_rate:
@@ -42,7 +43,7 @@ class RouterBiasCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_optimizer_step(self, args, state, control, model: Any = None, **kwargs):
         """Called once for each optimizer step, whatever the gradient accumulation."""
         loads = find_routed_model(model).update_router_bias(self.update_rate)
         if loads:
@@ -56,7 +57,7 @@ class RouterBiasCallback(TrainerCallback):
         state.log_history[-1]["expert_load"] = logs["expert_load"]
 
 
-def find_routed_model(model: nn.Module) -> nn.Module:
+def find_routed_model(model: nn.Module) -> Any:
     """The module with `update_router_bias` inside whatever wraps it: PEFT, DistributedDataParallel, ...
 
     Raises:

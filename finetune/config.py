@@ -28,7 +28,9 @@ QUANTISATIONS = ("none", "nf4", "int8")
 TRACKERS = ("tensorboard", "wandb", "none")
 
 
-def option(default: Any, help: str, section: str, *, choices=None, low=None, high=None, above=None, unit: str = ""):
+def option(
+    default: Any, help: str, section: str, *, choices=None, low=None, high=None, above=None, unit: str = ""
+) -> Any:
     """A field with what the help, the checks and the documentation need.
 
     Args:
@@ -291,7 +293,7 @@ def build_parser(schema: type, prog: str = "") -> argparse.ArgumentParser:
             groups[section].add_argument(flag, action=argparse.BooleanOptionalAction, help=_help(f))
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[base]
-            nargs = {"nargs": "*"} if is_list else {}
+            nargs: dict[str, Any] = {"nargs": "*"} if is_list else {}
             groups[section].add_argument(flag, metavar=metavar, help=_help(f), **nargs)
     return parser
 
@@ -388,8 +390,8 @@ def _describe(f) -> str:
     return f"{kind} {' and '.join(bounds)}".strip()
 
 
-def _nearest(name: str, known) -> str:
-    """ ", did you mean X?" or nothing."""
+def _nearest(name: object, known) -> str:
+    """ ", did you mean X?" or nothing. A name from YAML may be a number."""
     found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 

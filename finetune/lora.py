@@ -1,4 +1,5 @@
-"""LoRA (arXiv:2106.09685) on DeepSeek models: named groups of targets instead of module names, and proof that they were hit.
+"""LoRA (arXiv:2106.09685) on DeepSeek models: named groups of targets instead of module names, and a check that all of
+them are adapted.
 
     attention   every projection of GQA, MLA or NSA
     shared      the shared experts' MLP
@@ -9,16 +10,17 @@
 The router is never adapted: a changed router sends tokens to experts that were not trained for them. The same holds for
 what chooses in sparse attention: DSA's indexer, NSA's compressors and branch gate. The multi-token-prediction modules,
 `layers[num_hidden_layers:]`, are left out unless asked for, since plain generation does not use them; their `eh_proj`,
-the embedding and the output head always are.
+the embedding and the output head are never adapted.
 
 PEFT matches names and says nothing when a name matches no module; `add_lora` counts what was really adapted.
 """
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -91,7 +93,7 @@ def lora_config(
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyrefly: ignore[bad-argument-type]  # PEFT says int and takes floats
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
@@ -114,7 +116,9 @@ def add_lora(
     rslora: bool = False,
     dora: bool = False,
 ) -> PeftModel:
-    """Wrap `model` with new LoRA adapters, and check that each named group got all of its own. Arguments as `lora_config`.
+    """Wrap `model` with new LoRA adapters, and check that each named group is adapted completely.
+
+    Arguments as `lora_config`.
 
     Raises:
         ValueError: as `lora_config`, or a group's modules were not all adapted.
@@ -139,12 +143,12 @@ def check_adapters(peft_model: PeftModel, targets: Sequence[str] = ("all",), inc
 
 
 def whole_size(parameter: nn.Parameter) -> int:
-    """Numbers of a parameter, the same in all processes; of one that DeepSpeed's ZeRO-3 cut up, nothing is left here."""
+    """Elements of a whole parameter, the same in all processes; DeepSpeed's ZeRO-3 leaves an empty tensor of one here."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
-    """Count adapters by group, from the adapters' own names, so whatever made them.
+    """Count adapters by group, going by the adapters' own names, whatever made them.
 
     Adapters outside the four groups, for instance on the router, are reported as "other".
     """
@@ -164,7 +168,7 @@ def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
 
 
 def describe_adapters(peft_model: nn.Module) -> str:
-    """A table of what is adapted, for people."""
+    """A table of the adapted modules and parameters, to print."""
     rows = adapted_groups(peft_model)
     total = sum(row.trainable for row in rows)
     everything = sum(map(whole_size, peft_model.parameters()))
@@ -189,7 +193,7 @@ def _resolve_targets(model: nn.Module, targets: Sequence[str], include_mtp: bool
 
 
 def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
-    config = model.config
+    config: Any = model.config
     num_layers = config.num_hidden_layers
     if include_mtp:
         num_layers += getattr(config, "num_nextn_predict_layers", 0)
@@ -200,7 +204,7 @@ def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
 def _names(model: nn.Module, groups: Sequence[str], include_mtp: bool) -> list[str]:
     """Names of the modules (or parameters) of groups, in the model's order, with or without adapters on them."""
     layer, patterns = _layer_pattern(model, include_mtp), _modules(model) | _PARAMETERS
-    found = {group: [] for group in groups}
+    found: dict[str, list[str]] = {group: [] for group in groups}
     for name, _ in (*model.named_modules(), *model.named_parameters()):
         # PEFT keeps what it wraps as `base_layer`
         plain = re.sub(r"\.base_layer\b", "", name)
@@ -212,7 +216,8 @@ def _names(model: nn.Module, groups: Sequence[str], include_mtp: bool) -> list[s
 
 def _modules(model: nn.Module) -> dict[str, str]:
     """For each group of modules the pattern of its names inside a decoder layer."""
-    names = sorted({name for module in model.modules() for name in getattr(module, "adapters", ())})
+    modules: Iterable[Any] = model.modules()
+    names = sorted({name for module in modules for name in getattr(module, "adapters", ())})
     return {"attention": rf"self_attn\.(?:{'|'.join(names)})"} | _MLPS
 
 

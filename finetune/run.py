@@ -166,7 +166,8 @@ def _fine_tune(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     if trainer.is_fsdp_enabled:  # whatever form the checkpoints have, the result is whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        plugin: Any = trainer.accelerator.state.fsdp_plugin
+        plugin.set_state_dict_type("FULL_STATE_DICT")
     save_result(trainer, output / "final")
     if whole:
         report.routing_after = routing_on(held_out[:_ROUTING_ROWS])
