@@ -70,7 +70,9 @@ def test_what_one_kind_lacks_the_model_lacks(model):
     assert all(isinstance(layer, DeepseekAttention) for layer in layers)
     with pytest.raises(ValueError, match=r"sparse attention .* does not go with a paged cache"):
         model.init_continuous_batching()
-    with pytest.raises(ValueError, match=r"sparse attention .* does not go with transformers' offloaded and quantised"):
+    with pytest.raises(
+        ValueError, match=r"sparse attention .* does not go with transformers' offloaded and quantised"
+    ):
         model.generate(make_tokens(1, 9), cache_implementation="quantized", **GREEDY)
 
 
