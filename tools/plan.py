@@ -22,18 +22,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import run_command
-from common.costs import GQACosts, Part, attention_costs, matrix, vector
+from common.command import check_early, run_command
 from common.extras import extra
-
-with extra("tools"):
-    import numpy as np
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from configuration_deepseek import FAMILY_DEFAULTS, DeepseekConfig
-    from tools.convert import resolve_config
 
 
 class GPU(NamedTuple):
@@ -55,7 +45,6 @@ GPUS = {
     "l40s": GPU(362e12, 48e9, 0.864e12),
     "rtx4090": GPU(165.2e12, 24e9, 1.008e12),
 }
-
 # Trainings whose GPU hours were published: H800 hours for 1e12 tokens in rows of 4096, and the model they belong to.
 # V2 report (arXiv:2405.04434) section 3.2.3 for V2 and 67B, V3 report (arXiv:2412.19437) table 1.
 _V2_SIZES = {
@@ -73,6 +62,51 @@ MEASURED = {
     "67b": (_67B_SIZES, 300.6e3),
 }
 DEFAULT_ROW = 4096  # tokens of a training row, as in the pretraining of all published models
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.partition("\n")[0])
+    parser.add_argument("config", type=Path, help="config.json or a folder with one")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default="h800", metavar="NAME", help=f"of {', '.join(GPUS)} (%(default)s)"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--tokens", nargs="+", default=[], metavar="N[@ROW]", help="stages: tokens, and tokens a row (4096)"
+    )
+    training.add_argument("--hours", nargs="+", default=[], metavar="H", help="GPU hours of stages that are known")
+    training.add_argument(
+        "--mfu", default="v3", help=f"share of the bfloat16 peak, or that of {', '.join(MEASURED)} (%(default)s)"
+    )
+    training.add_argument("--price", type=float, default=2.0, help="dollars a GPU hour (%(default)s)")
+    training.add_argument("--gpus", type=int, default=8, help="GPUs that share the training states (%(default)s)")
+    training.add_argument("--zero", type=int, choices=range(4), default=3, help="ZeRO stage; 3 is FSDP (%(default)s)")
+    training.add_argument("--micro-batch", type=int, default=1, help="rows at once on a GPU (%(default)s)")
+    training.add_argument("--row", type=int, default=DEFAULT_ROW, help="tokens a row, for the memory (%(default)s)")
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument(
+        "--context", type=int, nargs="+", default=[4096, 32768, 131072], help="lengths to plan for, in tokens"
+    )
+    decoding.add_argument("--batch", type=int, default=1, help="sequences at once (%(default)s)")
+    decoding.add_argument("--weight-bits", type=float, help="of a weight (8 for FP8 checkpoints, else 16)")
+    decoding.add_argument("--cache-bits", type=float, default=16, help="of a number in the cache (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
+
+with extra("tools"):
+    import numpy as np
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from common.costs import GQACosts, Part, attention_costs, matrix, vector
+    from configuration_deepseek import FAMILY_DEFAULTS, DeepseekConfig
+    from tools.convert import resolve_config
+
 
 # The names that DeepSeek's inference demos use for the fields of config.json.
 _DEMO_FIELDS = {
@@ -573,35 +607,6 @@ def render(plan: dict, console: Console) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.partition("\n")[0])
-    parser.add_argument("config", type=Path, help="config.json or a folder with one")
-    parser.add_argument("--gpu", choices=GPUS, default="h800", help="kind of GPU (%(default)s)")
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--tokens", nargs="+", default=[], metavar="N[@ROW]", help="stages: tokens, and tokens a row (4096)"
-    )
-    training.add_argument("--hours", nargs="+", default=[], metavar="H", help="GPU hours of stages that are known")
-    training.add_argument(
-        "--mfu", default="v3", help=f"share of the bfloat16 peak, or that of {', '.join(MEASURED)} (%(default)s)"
-    )
-    training.add_argument("--price", type=float, default=2.0, help="dollars a GPU hour (%(default)s)")
-    training.add_argument("--gpus", type=int, default=8, help="GPUs that share the training states (%(default)s)")
-    training.add_argument("--zero", type=int, choices=range(4), default=3, help="ZeRO stage; 3 is FSDP (%(default)s)")
-    training.add_argument("--micro-batch", type=int, default=1, help="rows at once on a GPU (%(default)s)")
-    training.add_argument("--row", type=int, default=DEFAULT_ROW, help="tokens a row, for the memory (%(default)s)")
-    decoding = parser.add_argument_group("decoding")
-    decoding.add_argument(
-        "--context", type=int, nargs="+", default=[4096, 32768, 131072], help="lengths to plan for, in tokens"
-    )
-    decoding.add_argument("--batch", type=int, default=1, help="sequences at once (%(default)s)")
-    decoding.add_argument("--weight-bits", type=float, help="of a weight (8 for FP8 checkpoints, else 16)")
-    decoding.add_argument("--cache-bits", type=float, default=16, help="of a number in the cache (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -634,6 +639,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(plan, indent=2))
     else:
         render(plan, Console())
+        print("next: python -m pretrain.config makes the config.json of a model of your own size, from a tokenizer")
     return 0
 
 
