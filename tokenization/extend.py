@@ -1,6 +1,6 @@
 """Gives a checkpoint's tokenizer new tokens for a domain, and its model the rows for them.
 
-    python -m tokenization.extend --model . --text law.jsonl.gz --new-tokens 1000 --out runs/law
+    python -m tokenization.extend --model . --text law.jsonl.gz --new-tokens 1000 --output runs/law
 
 New merges are learned on the text on top of the old ones, as byte-level BPE training would continue: every old token
 keeps its id and its merges, new ids follow the old. A new token's rows, in the embedding and in the output head, start
