@@ -91,6 +91,9 @@ class DeepseekAttention(nn.Module):
     adapters: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     unquantised: tuple[str, ...] = ()
+    num_key_value_groups: (
+        int  # query heads that share a key/value head, once keys and values are as attention takes them
+    )
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -140,7 +143,7 @@ def require(kinds: Iterable[type[DeepseekAttention]], fact: str, what: str, reme
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: DeepseekAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -36,8 +36,8 @@ class LayerNotes:
 
     def __init__(self, training: bool):
         self.training = training
-        self._balance: list[torch.Tensor] = []
-        self._index: list[torch.Tensor] = []
+        self._balance: list[torch.Tensor | None] = []
+        self._index: list[torch.Tensor | None] = []
 
     def take(self, layer: nn.Module, output: LayerOutput) -> torch.Tensor:
         """Notes what `layer` returned besides its states, which are handed back."""
@@ -61,8 +61,11 @@ class LayerNotes:
 
 def sum_losses(losses: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     """Their sum on the device of the first, without those that are None; None if nothing is left."""
-    losses = [loss for loss in losses if loss is not None]
-    return sum(loss.to(losses[0].device) for loss in losses) if losses else None
+    total = None
+    for loss in losses:
+        if loss is not None:
+            total = loss if total is None else total + loss.to(total.device)
+    return total
 
 
 def further_targets(labels: torch.Tensor, position_ids: torch.Tensor | None, k: int) -> torch.Tensor:
