@@ -196,9 +196,24 @@ class SFTOptions(CommonOptions):
     mtp_loss: float = option(
         0.0, "weight of the multi-token-prediction loss; above 0 those modules are trained too", "method", low=0
     )
+    teacher: str | None = option(
+        None,
+        "folder or Hub name of a model with the same tokens, whose distribution is learned instead of the text's",
+        "method",
+    )
+    merge: bool = option(False, "write the whole model with the result merged in too, to merged/", "run")
 
     def check(self):
         super().check()
+        for name in ("mtp_loss", "balance_loss"):
+            if self.teacher and getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but with a teacher its distribution is all that is learned"
+                )
+        if self.merge and self.method == "full":
+            raise ValueError(
+                "merge is on, but method is 'full', whose result is a whole model already; leave merge out"
+            )
         if self.balance_loss and not self.train_router:
             raise ValueError(f"balance_loss is {self.balance_loss}, but the router is frozen; set train_router too")
         if self.mtp_loss and self.method == "esft":

@@ -178,6 +178,11 @@ def merge(source: Path, adapter: Path, output: Path) -> None:
     write_checkpoint(source, output, config, shard_of, change, what)
 
 
+def local_folder(model: str) -> Path:
+    """The folder of a model; one that is named as on the Hub is fetched. Raises OSError: there is none."""
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -185,11 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        source = Path(args.model)
-        if not source.is_dir():
-            refuse_existing(args.output)
-            source = Path(snapshot_download(args.model))
-        merge(source, args.adapter, args.output)
+        refuse_existing(args.output)
+        merge(local_folder(args.model), args.adapter, args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

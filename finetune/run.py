@@ -201,6 +201,8 @@ def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] 
         print(f"result in {options.output}/final, report in {options.output}/report.html")
         if getattr(options, "method", "lora") == "full":
             print(f"next: python chat.py --model {options.output}/final")
+        elif getattr(options, "merge", False):
+            print(f"next: python chat.py --model {options.output}/merged")
         else:
             if options.method == "lora":
                 print(f"next: python chat.py --model {options.model} --adapter {options.output}/final, or")
@@ -368,7 +370,14 @@ def _check_resumable(output: Path, options: CommonOptions) -> Path | None:
     if not path.is_file():
         raise FileNotFoundError(f"--resume, but {output} holds no run ({path} does not exist)")
     began = yaml.safe_load(path.read_text(encoding="utf-8"))
-    free = ("resume", "keep_checkpoints", "preview", "track", "log_steps")  # change nothing in what is learned
+    free = (
+        "resume",
+        "keep_checkpoints",
+        "preview",
+        "track",
+        "log_steps",
+        "merge",
+    )  # change nothing in what is learned
     for name, value in asdict(options).items():
         if name not in free and began.get(name) != value:
             raise ValueError(
