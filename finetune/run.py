@@ -37,7 +37,7 @@ from transformers import (
 from common.command import no_command
 from common.launch import join_processes
 from common.outputs import has_files, only_run_in
-from finetune.callbacks import LogOften, ProgressBar, RouterBiasCallback
+from finetune.callbacks import LogOften, ProgressBar, RouterBiasCallback, refuse_data_parallel
 from finetune.config import CommonOptions, read_options
 from finetune.data import pad_token, question_and_answer, read_examples, render_all, split_examples
 from finetune.experts import finish_expert_training, measure_routing
@@ -107,8 +107,9 @@ def _fine_tune(
         raise FileExistsError(
             f"output {output} is not empty; name another folder, remove it, or continue it with --resume"
         )
-    examples, held_out, task_examples = _read(options)
     arguments = _arguments(options, task)
+    refuse_data_parallel(arguments)
+    examples, held_out, task_examples = _read(options)
 
     set_seed(options.seed)
     model, tokenizer = load_model(
