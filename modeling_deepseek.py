@@ -351,21 +351,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if past_key_values is not None:
             use_growing_layers(past_key_values, self.make_cache_layer, self.config.num_hidden_layers)
 
-        views, position_ids, token_mask = self.create_causal_mask(
-            inputs_embeds, attention_mask, position_ids, past_key_values
-        )
-        shared = self._shared_by_layers(inputs_embeds, position_ids, token_mask)
+        arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states, notes = inputs_embeds, LayerNotes(self.training)
         for layer, kind in zip(self.layers[: self.config.num_hidden_layers], self.layer_kinds, strict=False):
-            mask, has_past = views[kind]
-            output = layer(
-                hidden_states,
-                attention_mask=mask,
-                has_past=has_past,
-                past_key_values=past_key_values,
-                **shared,
-                **kwargs,
-            )
+            output = layer(hidden_states, past_key_values=past_key_values, **arguments[kind], **kwargs)
             hidden_states = notes.take(layer, output)
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_states),
@@ -396,25 +385,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
             losses and of their indexers' losses.
         """
         inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        views, position_ids, token_mask = self.create_causal_mask(
-            inputs_embeds, attention_mask, position_ids, past_key_values=None
-        )
-        shared = self._shared_by_layers(inputs_embeds, position_ids, token_mask)
-        states, notes = [], LayerNotes(self.training)
-        kinds = self.layer_kinds[self.config.num_hidden_layers :]
-        for k, (layer, kind) in enumerate(
-            zip(self.layers[self.config.num_hidden_layers :], kinds, strict=True), start=1
-        ):
-            mask, has_past = views[kind]
+        arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, past_key_values=None)
+        states, notes, first = [], LayerNotes(self.training), self.config.num_hidden_layers
+        for k, (layer, kind) in enumerate(zip(self.layers[first:], self.layer_kinds[first:], strict=True), start=1):
             # positional, since reentrant gradient checkpointing tracks only such arguments
-            output = layer(
-                hidden_states,
-                inputs_embeds.roll(-k, dims=1),
-                attention_mask=mask,
-                has_past=has_past,
-                **shared,
-                **kwargs,
-            )
+            output = layer(hidden_states, inputs_embeds.roll(-k, dims=1), **arguments[kind], **kwargs)
             hidden_states = notes.take(layer, output)
             states.append(hidden_states)
         return states, notes.aux_loss, notes.index_loss
@@ -440,19 +415,35 @@ class DeepseekModel(DeepseekPreTrainedModel):
             [B, S, hidden_size], before the module's output norm.
         """
         index += self.config.num_hidden_layers
-        views, position_ids, token_mask = self.create_causal_mask(
-            next_embeds, attention_mask, position_ids, past_key_values
-        )
-        mask, has_past = views[self.layer_kinds[index]]
+        arguments = self.layer_arguments(next_embeds, attention_mask, position_ids, past_key_values)
         output = self.layers[index](
-            hidden_states,
-            next_embeds,
-            attention_mask=mask,
-            has_past=has_past,
-            past_key_values=past_key_values,
-            **self._shared_by_layers(next_embeds, position_ids, token_mask),
+            hidden_states, next_embeds, past_key_values=past_key_values, **arguments[self.layer_kinds[index]]
         )
         return output[0]
+
+    def layer_arguments(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> dict[str, dict]:
+        """What a layer is given besides its input and the cache, for each kind of attention in `layer_kinds`.
+
+        Args: as in `forward`; of embeddings only shape, dtype and device matter.
+        """
+        views, position_ids, token_mask = self.create_causal_mask(
+            inputs_embeds, attention_mask, position_ids, past_key_values
+        )
+        shared = {
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "token_mask": token_mask,
+        }
+        return {
+            kind: {"attention_mask": views[kind].mask, "has_past": views[kind].has_past, **shared}
+            for kind in self.attention_kinds
+        }
 
     def create_causal_mask(
         self,
@@ -477,14 +468,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
         tokens = AttentionInput(inputs_embeds, attention_mask, position_ids, past_key_values, past_length, learns)
         views = {name: kind.view(self.config, tokens) for name, kind in self.attention_kinds.items()}
         return views, position_ids, token_mask
-
-    def _shared_by_layers(self, inputs_embeds, position_ids, token_mask) -> dict:
-        """What every layer gets alike"""
-        return {
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
-            "token_mask": token_mask,
-        }
 
     def make_cache_layer(self, index: int) -> GrowingLayer:
         """An empty cache layer of the kind that layer `index` wants; prediction modules count on behind the layers."""

@@ -10,6 +10,7 @@ Shapes: B rows, S tokens a row, K places of a row, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ def load_teacher(options: SFTOptions, tokenizer: PreTrainedTokenizerBase) -> Pre
         ValueError: it does not read the student's tokens.
         OSError: there is no such model.
     """
+    assert options.teacher is not None  # who has no teacher does not come here
     model, own = load_model(
         options.teacher, options.dtype, attention=options.attention, trust_remote_code=options.trust_remote_code
     )
@@ -82,10 +84,11 @@ class DistillationTrainer(DeepseekSFTTrainer):
                 "teacher is set, and each process holds the whole of it, which FSDP and DeepSpeed are not for; launch it with "
                 "DistributedDataParallel (configs/accelerate/ddp.yaml)"
             )
-        teacher = load_teacher(self.processing_class).to(self.accelerator.device)
-        if teacher.config.vocab_size != self.model.config.vocab_size:
+        teacher: Any = load_teacher(self.processing_class).to(self.accelerator.device)
+        student: Any = self.model
+        if teacher.config.vocab_size != student.config.vocab_size:
             raise ValueError(
-                f"`vocab_size` of the teacher is {teacher.config.vocab_size} and of the model {self.model.config.vocab_size}; "
+                f"`vocab_size` of the teacher is {teacher.config.vocab_size} and of the model {student.config.vocab_size}; "
                 "name the model that it was made from"
             )
         self._teacher = [teacher]  # in a list, so that nothing takes it for a part of what is trained and saved
