@@ -117,8 +117,9 @@ class DeepseekAttention(nn.Module):
         """The config by which transformers lays out pages for continuous batching."""
         return config
 
-    def make_cache_layer(self) -> GrowingLayer:
-        """An empty cache layer with room for what this layer keeps of a token."""
+    @classmethod
+    def make_cache_layer(cls, config) -> GrowingLayer:
+        """An empty cache layer with room for what a layer of this kind keeps of a token."""
         return GrowingLayer()
 
     def learns(self) -> bool:

@@ -62,7 +62,8 @@ class DeepseekDSA(DeepseekMLA):
         """As it is: its form depends on how many tokens there are."""
         return attention_mask
 
-    def make_cache_layer(self) -> IndexedLayer:
+    @classmethod
+    def make_cache_layer(cls, config) -> IndexedLayer:
         """Latents, rotated keys and the indexer's keys."""
         return IndexedLayer()
 

@@ -131,7 +131,8 @@ class DeepseekMLA(DeepseekAttention):
         config.head_dim = (config.kv_lora_rank + config.qk_rope_head_dim + 1) // 2
         return config
 
-    def make_cache_layer(self) -> LatentLayer:
+    @classmethod
+    def make_cache_layer(cls, config) -> LatentLayer:
         """Latents and rotated keys side by side."""
         return LatentLayer()
 

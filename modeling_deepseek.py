@@ -471,7 +471,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
     def make_cache_layer(self, index: int) -> GrowingLayer:
         """An empty cache layer of the kind that layer `index` wants; prediction modules count on behind the layers."""
-        return self.layers[index].self_attn.make_cache_layer()
+        return self.attention_kinds[self.layer_kinds[index]].make_cache_layer(self.config)
 
     def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         try:

@@ -694,9 +694,11 @@ class DeepseekNSA(DeepseekAttention):
         past, has_cache = int(tokens.past_length), tokens.past_key_values is not None
         return View(find_documents(tokens.attention_mask, tokens.position_ids, past, has_cache), has_past=past > 0)
 
-    def make_cache_layer(self) -> NSACacheLayer:
+    @classmethod
+    def make_cache_layer(cls, config) -> NSACacheLayer:
         """Keys and values of the three branches."""
-        return NSACacheLayer(window=self.sizes.window, block=self.sizes.block)
+        sizes = NSASizes.from_config(config)
+        return NSACacheLayer(window=sizes.window, block=sizes.block)
 
     def forward(
         self,

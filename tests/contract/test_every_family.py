@@ -530,3 +530,14 @@ def spy(monkeypatch, method: str) -> list:
 
     monkeypatch.setattr(mla_deepseek.DeepseekMLA, method, counted)
     return calls
+
+
+@torch.no_grad()
+def test_layers_taken_away_in_place(family):
+    """As people shorten a model: the config still counts all layers."""
+    model, tokens = make_model(family), make_tokens(2, 20)
+    model.model.layers = model.model.layers[:2]
+    expected = model(tokens, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=cache).logits for part in tokens.split([12, 1, 7], dim=1)]
+    assert_close(torch.cat(parts, dim=1), expected)
