@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.command import check_early, run_command
 from common.extras import extra
+from common.names import check_model_name
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +38,7 @@ with extra("train"):
     from safetensors import safe_open
 
     from common.card import model_name
+    from common.hub import check_hub
     from common.loading import load_config, new_model
     from finetune.experts import ESFT_WEIGHTS, read_esft
     from finetune.lora import AdapterFiles, check_fits
@@ -188,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         source = Path(args.model)
         if not source.is_dir():
             refuse_existing(args.output)
+            check_model_name(args.model)
+            check_hub(args.model)
             source = Path(snapshot_download(args.model))
         merge(source, args.adapter, args.output)
     except (ValueError, OSError) as error:
