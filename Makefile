@@ -63,6 +63,7 @@ gpu:
 lint: $(VENV)/installed
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(RUN) -m pyrefly check --python-interpreter-path $(RUN) --output-format min-text
 
 format: $(VENV)/installed
 	$(RUN) -m ruff check --fix

@@ -33,6 +33,7 @@ class GrowingLayer(DynamicLayer):
     """
 
     token_states = ("keys", "values")
+    keeps_more = False  # than keys and values
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -100,6 +101,10 @@ class GrowingLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._change_extras(lambda states: states[indices])
 
+    def static_twin(self, max_cache_len: int) -> CacheLayerMixin:
+        """An empty static layer that keeps the same of `max_cache_len` tokens."""
+        return StaticLayer(max_cache_len)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, by name."""
         return {name: getattr(self, name) for name in self.token_states if getattr(self, name) is not None}
@@ -147,6 +152,10 @@ class LatentLayer(GrowingLayer):
         self.keys, self.values = entries.split((key_states.shape[-1], value_states.shape[-1]), dim=-1)
         return self.keys, self.values
 
+    def static_twin(self, max_cache_len: int) -> CacheLayerMixin:
+        """As in `GrowingLayer`."""
+        return StaticLatentLayer(max_cache_len)
+
     @property
     def entries(self) -> torch.Tensor | None:
         """[B, K, T, Dk + Dv], what is held, keys first; None where they do not lie side by side."""
@@ -190,10 +199,24 @@ class IndexedLayer(LatentLayer):
     `DynamicIndexedLayer`, so that either may be used."""
 
     token_states = ("keys", "values", "indexer_keys")
+    keeps_more = True
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.indexer_keys: torch.Tensor | None = None  # [B, 1, T, D]
+
+    def static_twin(self, max_cache_len: int) -> CacheLayerMixin:
+        """As in `GrowingLayer`.
+
+        Raises:
+            ValueError: this release of transformers has no such layer.
+        """
+        if StaticIndexedLayer is None:
+            raise ValueError(
+                "This release of transformers has no static cache for an indexer's keys; it came with 5.11. Leave "
+                "`cache_implementation` out, or upgrade transformers."
+            )
+        return StaticIndexedLayer(max_cache_len)
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Appends [B, S, D] keys; returns all of them, [B, T, D]."""
@@ -256,6 +279,8 @@ class NSACacheLayer(GrowingLayer):
     (`crop`), as speculative decoding does; after `activate_past_recording` all tokens are kept until the next `crop`.
     """
 
+    keeps_more = True
+
     def __init__(self, window: int, block: int, **kwargs):
         super().__init__(**kwargs)
         self.needed_windowed = window - 1
@@ -286,6 +311,16 @@ class NSACacheLayer(GrowingLayer):
             self.compressed = tuple(states[:, :, :0] for states in raw)
             self.raw, self.windowed = raw, windowed
         return super().update(key_states, value_states)
+
+    def static_twin(self, max_cache_len: int) -> CacheLayerMixin:
+        """
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(
+            "`past_key_values` is made of `StaticLayer`s, which have no room for what NSA caches. Pass an empty "
+            "`DynamicCache()` without offloading, or none."
+        )
 
     def put_compressed(self, rows: slice, first: int, keys: torch.Tensor, values: torch.Tensor):
         """Puts entries [rows, K, n, D] at places first, first + 1, ... of the rows."""
@@ -395,41 +430,38 @@ def check_offloading(what: str):
         )
 
 
-def use_growing_layers(cache: Cache | None, make_layer: Callable[[], GrowingLayer] = GrowingLayer) -> None:
-    """Lets the still empty `DynamicLayer`s of a cache grow in place, and makes its static ones of the kind that latents
-    or an indexer want; other layers (quantised) stay.
+def use_growing_layers(cache: Cache | None, make_layer: Callable[[int], GrowingLayer], num_layers: int) -> None:
+    """Puts layers of the model's own in the places of a cache's empty `DynamicLayer`s and `StaticLayer`s; other layers
+    (quantised) stay.
 
-    `generate` and users make plain `DynamicCache`s; this is called on them by the model's forward.
+    `generate` and users make plain caches; the model's forward calls this on them.
+
+    Args:
+        make_layer: index of a layer -> an empty cache layer for it.
+        num_layers: of the model.
 
     Raises:
-        ValueError: the cache is an offloading one, and there is no CUDA device or no layer that could be offloaded.
+        ValueError: the cache is an offloading one, and there is no CUDA device or no layer that could be offloaded; or a
+            static one, and a layer has no static form.
     """
     if cache is None:
         return
     if getattr(cache, "offloading", False):
         # It moves whole layers between devices at each step, so that nothing is gained by growing in place.
         check_offloading("An offloaded cache")
-        if isinstance(make_layer(), (NSACacheLayer, IndexedLayer)):
+        if any(make_layer(i).keeps_more for i in range(num_layers)):
             raise ValueError(
                 "Sparse attention keeps more than keys and values, which transformers' offloaded cache does not move. "
                 "Leave `cache_implementation` out."
             )
         return
-    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
-        cache.layer_class_to_replicate = make_layer
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # layers that it would make one by one
+        cache.layers.extend(make_layer(i) for i in range(len(cache.layers), num_layers))
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[i] = make_layer()
+            cache.layers[i] = make_layer(i)
         elif type(layer) is StaticLayer and not layer.is_initialized:
-            growing = type(make_layer())
-            if growing is IndexedLayer and StaticIndexedLayer is None:
-                raise ValueError(
-                    "This release of transformers has no static cache for an indexer's keys; it came with 5.11. Leave "
-                    "`cache_implementation` out, or upgrade transformers."
-                )
-            static_layer = {LatentLayer: StaticLatentLayer, IndexedLayer: StaticIndexedLayer}.get(growing)
-            if static_layer is not None:
-                cache.layers[i] = static_layer(layer.max_cache_len)
+            cache.layers[i] = make_layer(i).static_twin(layer.max_cache_len)
 
 
 def take_back(layer: CacheLayerMixin, count: int):

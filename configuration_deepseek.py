@@ -7,8 +7,9 @@ engines. In memory the class carries a `model_type` of its own (see docs/design.
 A model is described by independent axes, each resolved here and never again in the modeling files. What other fields
 imply is derived when it is read, so a config may be edited; `validate` looks at the result when a model is built or saved:
 
-    attention_kind    "gqa" (DeepSeek-LLM, DeepSeekMoE), "mla" (V2, V3): "mla" where `kv_lora_rank` is set; or "nsa"
-                      (native sparse attention), which no released checkpoint has: `model_type` "deepseek_nsa" on disk
+    attention_kind    "gqa" (DeepSeek-LLM, DeepSeekMoE); "mla" (V2, V3) where `kv_lora_rank` is set, and "dsa" (V3.2) where
+                      `index_topk` is, too; or "nsa" (native sparse attention), which no released checkpoint has:
+                      `model_type` "deepseek_nsa" on disk. `attention_kinds` names one for each layer
     mlp_layer_types   "dense" or "sparse" for each layer, from `first_k_dense_replace`, `moe_layer_freq`, `n_routed_experts`
     scoring_func      router scores: "softmax" or "sigmoid"
     topk_method       router selection: "greedy", "group_limited_greedy" or "noaux_tc"
@@ -135,6 +136,7 @@ _MLA_FIELDS = (*_MLA_SIZES, "rope_interleave")
 _MOE_FIELDS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
 _MOE_FIELDS += ("first_k_dense_replace", "moe_layer_freq", "scoring_func", "topk_method", "n_group", "topk_group")
 _MOE_FIELDS += ("norm_topk_prob", "routed_scaling_factor", "aux_loss_alpha")
+_ATTENTION_KINDS = ("gqa", "mla", "dsa", "nsa")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 _SCORING_FUNCS = ("softmax", "sigmoid")
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
@@ -341,7 +343,7 @@ class DeepseekConfig(PreTrainedConfig):
             # A file cannot say whether a value was chosen; one that follows from the other fields keeps following them.
             if value and value != getattr(self, name):
                 setattr(self, name, value)
-        if self.attention_kind == "mla":
+        if self.has_latent:
             del self.head_dim  # an alias of qk_rope_head_dim here
         self._validate_fields()
         _validate_common(kwargs, self.num_hidden_layers)
@@ -380,7 +382,7 @@ class DeepseekConfig(PreTrainedConfig):
             _MLA_FIELDS: getattr(self, "kv_lora_rank", None) is not None,
             _MOE_FIELDS: getattr(self, "n_routed_experts", None) is not None,
             _INDEXER_FIELDS: self.checkpoint_model_type == "deepseek_v32",
-            tuple(_NSA_SIZES): self.attention_kind == "nsa",
+            tuple(_NSA_SIZES): self.checkpoint_model_type == "deepseek_nsa",
         }
         for names, belongs in has.items():
             switch = names[0]
@@ -412,7 +414,7 @@ class DeepseekConfig(PreTrainedConfig):
     @_Derived
     def head_dim(self) -> int:
         """Width of a GQA head. For MLA it is what transformers' RoPE functions read as such: the rotated width."""
-        if self.attention_kind == "mla":
+        if self.has_latent:
             return self.qk_rope_head_dim
         return self.hidden_size // self.num_attention_heads
 
@@ -428,23 +430,36 @@ class DeepseekConfig(PreTrainedConfig):
 
     @property
     def attention_kind(self) -> str:
-        """ "gqa", "mla" or "nsa"; to be set to "nsa", on top of any family without a latent."""
+        """ "gqa", "mla", "dsa" or "nsa"; to be set to "nsa", on top of any family without a latent."""
         if self.checkpoint_model_type == "deepseek_nsa":
             return "nsa"
-        return "gqa" if getattr(self, "kv_lora_rank", None) is None else "mla"
+        if not self.has_latent:
+            return "gqa"
+        return "dsa" if self.has_indexer else "mla"
 
     @attention_kind.setter
     def attention_kind(self, kind: str | None):
         if kind is None:
             return
-        _check_choice("attention_kind", kind, ("gqa", "mla", "nsa"))
+        _check_choice("attention_kind", kind, _ATTENTION_KINDS)
         if kind == "nsa":
             self.checkpoint_model_type = "deepseek_nsa"
         elif kind != self.attention_kind:
             raise ValueError(
                 f"`attention_kind` is {kind!r}, but the other fields make it {self.attention_kind!r}; for 'mla' set "
-                "`kv_lora_rank`, for 'gqa' set it to null and take a `model_type` other than 'deepseek_nsa'."
+                "`kv_lora_rank`, for 'dsa' `index_topk` too, for 'gqa' set them to null and take a `model_type` other than "
+                "'deepseek_nsa'."
             )
+
+    @property
+    def attention_kinds(self) -> list[str]:
+        """The kind of attention of each layer, the prediction modules counted on behind the others."""
+        return [self.attention_kind] * (self.num_hidden_layers + self.num_nextn_predict_layers)
+
+    @property
+    def has_latent(self) -> bool:
+        """Whether keys and values come from a latent (MLA), of width `kv_lora_rank`."""
+        return getattr(self, "kv_lora_rank", None) is not None and self.checkpoint_model_type != "deepseek_nsa"
 
     @property
     def has_indexer(self) -> bool:
@@ -473,11 +488,11 @@ class DeepseekConfig(PreTrainedConfig):
         """Raises a ValueError for the first field whose value is none at all."""
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         counts += ["num_key_value_heads"]
-        if self.attention_kind == "mla":
+        if self.has_latent:
             counts += [name for name in _MLA_SIZES if name != "q_lora_rank" or self.q_lora_rank is not None]
         elif "head_dim" in vars(self):
             counts += ["head_dim"]
-        if self.attention_kind == "nsa":
+        if self.checkpoint_model_type == "deepseek_nsa":
             for name in _NSA_SIZES:
                 _check_count(name, getattr(self, name), minimum=int(name != "nsa_num_init_blocks"), maximum=2**16)
         experts = getattr(self, "n_routed_experts", None) is not None
@@ -502,7 +517,7 @@ class DeepseekConfig(PreTrainedConfig):
                 _check_count(name, getattr(self, name), minimum=0)
             numbers += ["aux_loss_alpha", "routed_scaling_factor"]
             flags += ["norm_topk_prob"]
-        if self.attention_kind == "mla":
+        if self.has_latent:
             flags += ["rope_interleave"]
         if self.has_indexer:
             numbers += ["index_loss_weight"]
@@ -533,17 +548,17 @@ class DeepseekConfig(PreTrainedConfig):
 
     def _validate_combinations(self):
         """Raises a ValueError for the first combination that no DeepSeek model can have."""
-        if self.attention_kind == "nsa":
+        if self.checkpoint_model_type == "deepseek_nsa":
             self._validate_nsa()
         if self.checkpoint_model_type == "deepseek_v32":
             self._validate_indexer()
-        if self.attention_kind != "mla" and self.num_attention_heads % self.num_key_value_heads:
+        if not self.has_latent and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide `num_attention_heads` "
                 f"({self.num_attention_heads}); choose a divisor."
             )
         if self.head_dim % 2 or not self.head_dim:
-            name = "qk_rope_head_dim" if self.attention_kind == "mla" else "head_dim"
+            name = "qk_rope_head_dim" if self.has_latent else "head_dim"
             raise ValueError(
                 f"`{name}` is {self.head_dim}; RoPE turns pairs of numbers, so choose an even width from 2 on."
             )
@@ -635,7 +650,7 @@ class DeepseekConfig(PreTrainedConfig):
     @property
     def qk_head_dim(self) -> int:
         """Width of a query or key head: Dn + Dr for MLA, head_dim for GQA."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention_kind == "mla" else self.head_dim
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.has_latent else self.head_dim
 
     @property
     def mtp_layer_type(self) -> str:
@@ -693,7 +708,7 @@ class DeepseekConfig(PreTrainedConfig):
             output.pop("mlp_layer_types")
         output["num_key_value_heads"] = self.num_key_value_heads
         output["head_dim"] = self.head_dim
-        if self.attention_kind == "mla":
+        if self.has_latent:
             output.pop("head_dim")  # an alias of qk_rope_head_dim here
         rope = dict(output.pop("rope_parameters"))
         rope_type, rope_theta = rope.pop("rope_type"), rope.pop("rope_theta")

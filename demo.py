@@ -74,7 +74,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def cache_numbers(config) -> tuple[int, int]:
     """Numbers cached for a token by this attention, and by plain multi-head attention with the same heads."""
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    if config.attention_kind == "mla":
+    if config.has_latent:
         own = config.kv_lora_rank + config.qk_rope_head_dim
         return layers * own, layers * heads * (config.qk_head_dim + config.v_head_dim)
     return layers * 2 * config.num_key_value_heads * config.head_dim, layers * 2 * heads * config.head_dim

@@ -1,8 +1,8 @@
-"""DeepSeek Sparse Attention (DSA; DeepSeek-V3.2-Exp report, arXiv:2512.02556) on MLA's latents.
+"""DeepSeek Sparse Attention (DSA; DeepSeek-V3.2-Exp report, arXiv:2512.02556): MLA with a lightning indexer.
 
-From top to bottom: the definition as slow loops (`dsa_reference`), which tokens a query may see, the lightning indexer
-with its running top-k, and attention in absorbed form to what it selects, with the indexer's training loss;
-`DeepseekMLA` calls them. No function forms a tensor of heads x queries x keys: queries and keys go in chunks.
+From top to bottom: the layer, the definition as slow loops (`dsa_reference`), the indexer with its running top-k, and
+attention in absorbed form to what it selects, with the indexer's training loss. No function forms a tensor of
+heads x queries x keys: queries and keys go in chunks.
 
 Shape letters: B batch, S queries, C queries of a chunk, T keys, n keys that a query reads, H heads, D width.
 """
@@ -14,13 +14,121 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 
+from .attention_deepseek import GAPS, INT8_CACHE, STATIC_CACHE, AttentionInput, View
+from .cache_deepseek import IndexedLayer
 from .dsa_kernels_deepseek import attend_chosen_latents, index_scores as triton_index_scores
-from .layers_deepseek import apply_rotary, rank_places, ranked_places
-from .nsa_kernels_deepseek import kernels_run_on
+from .kernels_deepseek import kernels_run_on
+from .layers_deepseek import apply_rotary
+from .mla_deepseek import DeepseekMLA
+from .selection_deepseek import gather_tokens, rank_places, ranked_places
+from .spans_deepseek import VisibleTokens, find_visible_tokens
 
 _INDEX_BYTES = 16 * 2**20  # products of the indexer held at once
 _LATENT_BYTES = 64 * 2**20  # latents gathered at once
+
+
+class DeepseekDSA(DeepseekMLA):
+    """MLA in which an indexer selects `index_topk` tokens for each query, and only they are attended to, in absorbed form.
+
+    As long as there are no more tokens than that, it is MLA in its other forms, and the indexer's keys are only cached.
+    """
+
+    title = "sparse attention (DSA)"
+    supports = frozenset({STATIC_CACHE, INT8_CACHE, GAPS})
+    float32 = ("indexer.weights_proj", "indexer.k_norm")
+    unquantised = ("indexer.weights_proj",)
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        o_proj = self.o_proj
+        del self.o_proj
+        self.indexer = LightningIndexer(config)
+        self.o_proj = o_proj  # behind the indexer, as optimizer states that were saved count them
+
+    @classmethod
+    def view(cls, config, tokens: AttentionInput) -> View:
+        """What is visible, where there is more than the indexer selects or it learns; else as in MLA."""
+        if int(tokens.past_length) + tokens.length <= config.index_topk and not tokens.learns:
+            return super().view(config, tokens)
+        visible = find_visible_tokens(
+            tokens.attention_mask, tokens.position_ids, int(tokens.past_length), tokens.past_key_values is not None
+        )
+        return View(visible, has_past=int(tokens.past_length) > 0)
+
+    @classmethod
+    def mask_for_generation(cls, config, attention_mask, **kwargs):
+        """As it is: its form depends on how many tokens there are."""
+        return attention_mask
+
+    def make_cache_layer(self) -> IndexedLayer:
+        """Latents, rotated keys and the indexer's keys."""
+        return IndexedLayer()
+
+    def learns(self) -> bool:
+        """Whether the indexer gives a loss in training: not where it is frozen, as under LoRA."""
+        return self.config.index_loss_weight > 0 and any(p.requires_grad for p in self.indexer.parameters())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: VisibleTokens | torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        has_past: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As in MLA; `VisibleTokens` ask for attention to selected tokens, which has no probabilities, and in training
+        gives the indexer's loss.
+
+        Raises:
+            ValueError: attention maps are asked for, or `kv_b_proj` has no matrix, where tokens are selected.
+        """
+        if not isinstance(attention_mask, VisibleTokens):
+            results = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, has_past, **kwargs
+            )
+            if past_key_values is not None:  # for the time when there are more tokens
+                key = self.indexer.make_key(hidden_states.detach(), position_embeddings)
+                past_key_values.layers[self.layer_idx].update_indexer(key)
+            return results
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                f"`output_attentions` is set, and there are no attention maps where `index_topk` tokens are selected. "
+                f"Leave it out, or give at most {self.config.index_topk} tokens to a model with "
+                "attn_implementation='eager'."
+            )
+        query_input = self.query_latent(hidden_states)
+        q_nope, q_rope, latent, k_rope = self._project(hidden_states, query_input, position_embeddings)
+        latent, k_rope, cache_layer = self._cache(latent, k_rope, past_key_values, has_past)
+        weight = self._kv_b_weight(latent, cache_layer)
+        if weight is None:
+            raise ValueError(
+                "Attention to selected tokens (`index_topk`) needs the matrix of `kv_b_proj`, which has a bias, hooks "
+                "or an adapter that is no matrix (LoRA with lora_bias, `adapter_names` in one batch). Leave "
+                "`kv_b_proj` out of the adapter's targets, or run one adapter at a time."
+            )
+        # detached: the index loss teaches the indexer and nothing else
+        index_states = self.indexer(hidden_states.detach(), query_input.detach(), position_embeddings)
+        index_key = index_states.key  # [B, S, index_head_dim]
+        if cache_layer is not None:
+            index_key = cache_layer.update_indexer(index_key)  # [B, T, index_head_dim]
+        output, index_loss = selected_latent_attention(
+            q_nope * self.scaling,
+            q_rope * self.scaling,
+            latent[:, 0],
+            k_rope[:, 0],
+            self._up_projections(weight),
+            self.indexer,
+            index_states,
+            index_key,
+            attention_mask,
+            attend_all=self.config.index_warmup,
+            learns=self.training and self.learns(),
+            mesh=getattr(self.kv_b_proj.weight, "device_mesh", None),
+        )
+        return self._output(output, hidden_states), None, index_loss
 
 
 def dsa_reference(
@@ -47,47 +155,6 @@ def dsa_reference(
         }
         chosen.append(set(sorted(scores, key=lambda s: (scores[s], s), reverse=True)[:topk]))
     return chosen
-
-
-class VisibleTokens(NamedTuple):
-    """Which of T slots S new queries, in the last S slots, may see: their document's tokens up to themselves."""
-
-    total: int  # T
-    tokens: torch.Tensor | None  # bool [B, T], false for padding; None if there is none
-    first: torch.Tensor | None  # int64 [B or 1, S], where each query's document begins; None if at slot 0
-
-    def mask(self, queries: slice, keys: slice, length: int, device) -> torch.Tensor:
-        """bool [B or 1, C, n] for some of the S = `length` queries and some of the slots."""
-        slots = torch.arange(self.total - length, self.total, device=device)[queries, None]  # [C, 1]
-        keys_slots = torch.arange(self.total, device=device)[keys]  # [n]
-        mask = (keys_slots <= slots)[None]
-        if self.first is not None:
-            mask = mask & (keys_slots >= self.first[:, queries, None])
-        return mask if self.tokens is None else mask & self.tokens[:, None, keys]
-
-
-def find_visible_tokens(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_length: int, has_cache: bool
-) -> VisibleTokens:
-    """As `find_documents`, for attention that needs no contiguous documents.
-
-    Raises:
-        ValueError: the mask is not one of tokens and padding.
-    """
-    length = position_ids.shape[1]
-    total = past_length + length
-    if attention_mask is not None:
-        if attention_mask.ndim != 2 or attention_mask.shape[1] < total:
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}; with an indexer it must be [batch, "
-                f"tokens], here {total} tokens (the cache's counted), 1 for tokens and 0 for padding."
-            )
-        return VisibleTokens(total, attention_mask[:, :total].bool(), None)
-    if has_cache:
-        return VisibleTokens(total, None, None)
-    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # [B or 1, S]
-    slots = torch.arange(length, device=position_ids.device)
-    return VisibleTokens(total, None, (slots * begins).cummax(dim=1).values)
 
 
 class IndexStates(NamedTuple):
@@ -128,18 +195,23 @@ class LightningIndexer(nn.Module):
     ) -> IndexStates:
         """hidden_states [B, S, hidden_size], query_latent [B, S, q_lora_rank], cos and sin [B, S, Dr/2]"""
         query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, S, D]
-        key = self.k_norm(self.wk(hidden_states).to(self.k_norm.weight.dtype))  # [B, S, D]
-        states = torch.cat((query, key[:, None].to(query.dtype)), dim=1)  # [B, H + 1, S, D]
-        rotated = apply_rotary(states[..., : self.rope_dim], *position_embeddings, layout="half")
-        states = torch.cat((rotated, states[..., self.rope_dim :]), dim=-1)
-        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()
-        return IndexStates(
-            states[:, :-1].transpose(1, 2), weights * (self.num_heads * self.head_dim) ** -0.5, states[:, -1]
-        )
+        query = self._rotate(query, position_embeddings).transpose(1, 2)  # [B, S, H, D]
+        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()  # [B, S, H]
+        weights = weights * (self.num_heads * self.head_dim) ** -0.5
+        return IndexStates(query, weights, self.make_key(hidden_states, position_embeddings))
 
-    def learns(self) -> bool:
-        """Whether a loss would teach it anything: not where it is frozen, as under LoRA."""
-        return any(parameter.requires_grad for parameter in self.parameters())
+    def make_key(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """hidden_states [B, S, hidden_size] -> keys [B, S, D], one for all heads"""
+        projected = self.wk(hidden_states)
+        key = self.k_norm(projected.to(self.k_norm.weight.dtype)).to(projected.dtype)  # [B, S, D]
+        return self._rotate(key[:, None], position_embeddings)[:, 0]
+
+    def _rotate(self, states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """[B, heads, S, D] -> the same shape, its first `rope_dim` numbers turned"""
+        rotated = apply_rotary(states[..., : self.rope_dim], *position_embeddings, layout="half")
+        return torch.cat((rotated, states[..., self.rope_dim :]), dim=-1)
 
     @torch.no_grad()
     def select(self, states: IndexStates, key: torch.Tensor, visible: VisibleTokens, queries: slice) -> torch.Tensor:
@@ -207,13 +279,6 @@ def attend_latents(
     probs = scores.softmax(dim=-1)
     mixed = _products(probs.to(latent.dtype), latent.transpose(-1, -2))  # [B, C, H, width]
     return (mixed.transpose(1, 2) @ w_uv.transpose(1, 2)).transpose(1, 2), probs
-
-
-def gather_tokens(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """states [B, T, D], slots int64 [B, C, n], -1 for none (which gives slot 0) -> [B, C, n, D]"""
-    batch, length, _ = states.shape
-    rows = slots.clamp(min=0) + length * torch.arange(batch, device=slots.device)[:, None, None]
-    return states.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, slots.shape)
 
 
 class SumGradient(torch.autograd.Function):
@@ -304,7 +369,7 @@ def selected_latent_attention(
         outputs.append(output)
         losses.append(loss)
         num_queries = num_queries + seen.any(dim=-1).expand(batch, -1).sum()
-    return torch.cat(outputs, dim=1), sum(losses) / num_queries if learns else None
+    return torch.cat(outputs, dim=1), torch.stack(losses).sum() / num_queries if learns else None
 
 
 def _attend_chosen(

@@ -13,7 +13,7 @@ from __future__ import annotations  # kernels' annotations name `tl`, which is N
 
 import torch
 
-from .nsa_kernels_deepseek import (
+from .kernels_deepseek import (
     dense_rows,
     finish,
     kernel,

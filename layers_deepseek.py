@@ -1,5 +1,4 @@
-"""Layers every DeepSeek model shares: RMSNorm, the gated MLP and rotary position embeddings. Behind them the order in
-which sparse attention ranks what it may choose.
+"""Layers every DeepSeek model shares: RMSNorm, the gated MLP and rotary position embeddings.
 
 Shape letters: B batch, S tokens, H heads, D rotated width of a head.
 Papers: RoPE (arXiv:2104.09864), YaRN (arXiv:2309.00071), DeepSeek-V2 (arXiv:2405.04434).
@@ -12,8 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-
-_LOWEST_RANK = -0x7F800000 << 32  # of the lowest finite score; -inf ranks below
 
 
 class DeepseekRMSNorm(nn.Module):
@@ -46,6 +43,18 @@ class DeepseekMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> [..., hidden_size]"""
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Residual:
+    """The stream that runs through the layers: where a sublayer's input is taken from, and where its output goes."""
+
+    def read(self, stream: torch.Tensor) -> torch.Tensor:
+        """The input of a sublayer, before its norm. [B, S, hidden_size]"""
+        return stream
+
+    def write(self, stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The stream with a sublayer's output [B, S, hidden_size] added."""
+        return stream + output
 
 
 class DeepseekRotaryEmbedding(nn.Module):
@@ -129,29 +138,3 @@ def yarn_softmax_factor(rope_parameters: dict) -> float:
     if rope_parameters["rope_type"] == "default" or not mscale_all_dim or rope_parameters["factor"] <= 1:
         return 1.0
     return (0.1 * mscale_all_dim * math.log(rope_parameters["factor"]) + 1.0) ** 2
-
-
-def rank_places(scores: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """Scores of the places first, first + 1, ... as numbers that sort like them, and where they are equal by the place.
-
-    `topk` chooses among equal scores as its shapes have it, so that a text alone and in a batch, whole and in chunks
-    would be read differently. Index scores are sums of ReLUs and often equal, at 0. Here the later place is greater. The
-    upper half of a rank is the score's bits, in an order of whole numbers; the lower half is the place.
-
-    Args:
-        scores: [..., n], float32 or, under autocast, of 16 bits; -inf stands for a place that may not be chosen, NaN counts as +inf.
-
-    Returns:
-        int64 [..., n], all different. `topk` sorts them as fast as the scores.
-    """
-    infinity = float("inf")
-    scores = scores.float().nan_to_num(nan=infinity, posinf=infinity, neginf=-infinity) + 0.0  # -0 becomes 0
-    bits = scores.view(torch.int32)
-    bits = bits.bitwise_xor_((bits >> 31) & 0x7FFFFFFF)  # of negative numbers the order is the reverse
-    places = torch.arange(first, first + scores.shape[-1], device=scores.device)
-    return bits.long().bitwise_left_shift_(32).bitwise_or_(places)
-
-
-def ranked_places(ranks: torch.Tensor) -> torch.Tensor:
-    """The places of `rank_places`, int64; -1 where the score was -inf."""
-    return (ranks & 0xFFFFFFFF).masked_fill_(ranks < _LOWEST_RANK, -1)

@@ -1,20 +1,25 @@
 """Between DeepSeek's checkpoint files and the modules in memory: names, layouts, precision, damage.
 
+From top to bottom: names and layouts, the files of a folder and what may be wrong with them, and the steps of
+`from_pretrained`: read the config, check the files, find out in which precision weights come.
+
 The files keep one weight an expert, `mlp.experts.{i}.{gate,up,down}_proj.weight`; in memory the experts of a layer are
 two stacked parameters. transformers converts both ways while it loads and saves, tensor by tensor.
 """
 
+import copy
 import json
 import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.generation import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_kernels_available, logging
 
 logger = logging.get_logger(__name__)
@@ -103,7 +108,7 @@ class CheckpointFiles:
 
     def __init__(self, path, hub_kwargs: dict):
         self.where = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if hub_kwargs.get(name) is not None}
-        self._path = path
+        self.path = path
         self._variant = hub_kwargs.get("variant")
         self.shard_of: dict[str, str] = {}  # tensor name -> file name; empty where there are no safetensors files
         self.headers: dict[
@@ -121,7 +126,7 @@ class CheckpointFiles:
         if self._variant is not None and name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
             name = name.replace(".safetensors", f".{self._variant}.safetensors", 1)
         return cached_file(
-            self._path,
+            self.path,
             name,
             **self.where,
             _raise_exceptions_for_missing_entries=not optional,
@@ -145,7 +150,7 @@ class CheckpointFiles:
                     f"{index} names the shard {name!r}, which is no file of the same folder; the index is damaged or not "
                     "to be trusted, download it again."
                 )
-        if not os.path.isdir(self._path):
+        if not os.path.isdir(self.path):
             return  # on the Hub, shards are fetched later
         for name in sorted(set(self.shard_of.values())):
             shard = os.path.join(os.path.dirname(index), name)
@@ -170,25 +175,25 @@ class CheckpointFiles:
         """
         if shapes:
             self._check_expert_count(model.config)
-        has_indexer = any(".indexer." in name for name in self.shard_of)
+        lists_indexers = any(".indexer." in name for name in self.shard_of)
         for name, shape in _names_in_files(model, self.shard_of):
             name, optional = self._own_name(name), _belongs_to_head(name, model)
             if name not in self.shard_of:
-                if whole and not optional and (has_indexer or ".indexer." not in name):
+                if whole and not optional and (lists_indexers or ".indexer." not in name):
                     raise ValueError(
-                        f"{self._path} has no tensor {name}, which its config.json asks for. The files are not whole, or "
+                        f"{self.path} has no tensor {name}, which its config.json asks for. The files are not whole, or "
                         "another model's: download them again, or use the config.json that belongs to them."
                     )
                 continue
             header = self.headers.get(name, {"dtype": "F32", "shape": shape})
             if not header["dtype"].startswith((*_FLOATS, "F8")):
                 raise ValueError(
-                    f"{name} in {self._path} holds {header['dtype']}, not floating-point numbers, and config.json names no "
+                    f"{name} in {self.path} holds {header['dtype']}, not floating-point numbers, and config.json names no "
                     "`quantization_config` that would say what they mean. Download the files again, or convert them."
                 )
             if shapes and tuple(header["shape"]) != tuple(shape):
                 raise ValueError(
-                    f"{name} in {self._path} has shape {tuple(header['shape'])}, but its config.json asks for "
+                    f"{name} in {self.path} has shape {tuple(header['shape'])}, but its config.json asks for "
                     f"{tuple(shape)}. Use the config.json that belongs to the weights, or download both again. For a "
                     "changed vocabulary, load and then call model.resize_token_embeddings."
                 )
@@ -210,7 +215,7 @@ class CheckpointFiles:
                 f"{rows[unpruned[0]]}"
             )
         raise ValueError(
-            f"`n_routed_experts` is {expected}, but every router in {self._path} has the shape for {number} experts: a tool has pruned them "
+            f"`n_routed_experts` is {expected}, but every router in {self.path} has the shape for {number} experts: a tool has pruned them "
             f"without saying so in config.json, as llm-compressor does, or config.json is another model's. {remedy}; or use "
             "the config.json that belongs to the weights."
         )
@@ -229,24 +234,24 @@ class CheckpointFiles:
         fp8 = {name for name, header in self.headers.items() if header["dtype"].startswith("F8")}
         if block_size is None and (scaled or fp8):
             raise ValueError(
-                f"{min(scaled | fp8)} in {self._path} is FP8, but config.json has no `quantization_config`, without which "
+                f"{min(scaled | fp8)} in {self.path} is FP8, but config.json has no `quantization_config`, without which "
                 "its numbers mean nothing. Use the config.json that belongs to the weights."
             )
         if orphans := scaled - self.shard_of.keys():
-            raise ValueError(f"{self._path} has {min(orphans)}{suffix} but no {min(orphans)}. {remedy}")
+            raise ValueError(f"{self.path} has {min(orphans)}{suffix} but no {min(orphans)}. {remedy}")
         if bare := fp8 - scaled:
-            raise ValueError(f"{min(bare)} in {self._path} is FP8 but has no {min(bare)}{suffix}. {remedy}")
+            raise ValueError(f"{min(bare)} in {self.path} is FP8 but has no {min(bare)}{suffix}. {remedy}")
         for name in sorted(scaled & self.headers.keys()):
             header, scale = self.headers[name], self.headers[name + suffix]
             if name not in fp8 or len(header["shape"]) != 2:
                 raise ValueError(
-                    f"{self._path} has {name}{suffix}, but {name} is {header['dtype']} of shape {header['shape']}, no FP8 "
+                    f"{self.path} has {name}{suffix}, but {name} is {header['dtype']} of shape {header['shape']}, no FP8 "
                     f"matrix. {remedy}"
                 )
             expected = [-(-size // block) for size, block in zip(header["shape"], block_size, strict=True)]
             if scale["shape"] != expected or scale["dtype"] not in _FLOATS:
                 raise ValueError(
-                    f"{name}{suffix} in {self._path} is {scale['dtype']} of shape {scale['shape']}; blocks of {block_size} "
+                    f"{name}{suffix} in {self.path} is {scale['dtype']} of shape {scale['shape']}; blocks of {block_size} "
                     f"in a matrix of shape {header['shape']} have scales of shape {expected}. {remedy}"
                 )
 
@@ -512,3 +517,121 @@ def explain_loading_error(path):
             "the config.json that belongs to the weights. For a changed vocabulary, load and then call "
             "model.resize_token_embeddings."
         ) from error
+
+
+def read_config(config_class, path, kwargs: dict):
+    """The config of a checkpoint, and of the arguments of `from_pretrained` those that are left for the weights."""
+    # Reading the config uses up what says where it is, which the weights need too; dtypes are theirs alone.
+    where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    own = ("dtype", "torch_dtype", "quantization_config")
+    precision = {name: kwargs[name] for name in own if name in kwargs}
+    others = {name: value for name, value in kwargs.items() if name not in own}
+    config, unused = config_class.from_pretrained(path, return_unused_kwargs=True, **others)
+    return config, unused | where | precision
+
+
+def settle_experts(config, kwargs: dict):
+    """Decides how experts lie in memory, where the config leaves it open.
+
+    Raises:
+        ValueError: as separate modules, with tensor or expert parallelism.
+    """
+    if config.separate_experts is None:
+        config.separate_experts = is_quantised(config, kwargs.get("quantization_config"))
+    if config.separate_experts and (kwargs.get("tp_plan") or kwargs.get("distributed_config")):
+        raise ValueError(
+            "`separate_experts` (which quantised weights imply) does not go with tensor or expert parallelism, whose "
+            "plans are for stacked experts. Use `device_map`, or pass separate_experts=False."
+        )
+
+
+def check_checkpoint(model_class, files: CheckpointFiles, config, kwargs: dict):
+    """Refuses files that are not those of the model that the config describes, and does without prediction modules that
+    they lack.
+
+    Args:
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: a file is missing or damaged, or a tensor is missing or has another shape; the message names it.
+    """
+    if model_class.can_generate() and (generation_config := files.find("generation_config.json")) is not None:
+        check_generation_config(generation_config, config.vocab_size)
+    if not files.shard_of:
+        return
+    present = files.count_mtp_modules(config.num_hidden_layers)
+    config.num_nextn_predict_layers = min(config.num_nextn_predict_layers, present)
+    if is_quantised(config, kwargs.get("quantization_config")) or kwargs.get("key_mapping"):
+        return  # names and shapes are the library's
+    files.check_scales(pop_block_fp8(copy.deepcopy(config)))
+    if kwargs.get("state_dict") is not None:
+        return
+    config = copy.deepcopy(config)
+    config.quantization_config = None
+    with torch.device("meta"):
+        model = model_class(config)
+    files.check(
+        model,
+        shapes=not kwargs.get("ignore_mismatched_sizes"),
+        whole=not kwargs.get("output_loading_info"),  # who asks for the report wants to see for himself
+    )
+
+
+class PlainWeights:
+    """Weights that transformers reads from the files by itself."""
+
+    def __init__(self, files: CheckpointFiles):
+        self.files = files
+        self.arguments = {"pretrained_model_name_or_path": files.path}  # of transformers' `from_pretrained`
+
+    def reading(self):
+        """A context in which transformers reads them."""
+        return nullcontext()
+
+    def finish(self, model: torch.nn.Module):
+        """Puts right what transformers could not know."""
+
+
+class KeptFP8(PlainWeights):
+    """Block-scaled FP8 that stays FP8, on GPUs that have such arithmetic."""
+
+    def __init__(self, files: CheckpointFiles, config, quantization: dict):
+        super().__init__(files)
+        self.not_converted = quantization.get("modules_to_not_convert")
+        config.quantization_config = dict(quantization)
+        keep_unscaled_layers(config, files)
+
+    def finish(self, model: torch.nn.Module):
+        """The config says what the file's says."""
+        model.config.quantization_config.modules_to_not_convert = self.not_converted
+
+
+class DequantisedFP8(PlainWeights):
+    """Block-scaled FP8 whose numbers are multiplied by their scales while they are read, one tensor at a time."""
+
+    def __init__(self, files: CheckpointFiles, block_size: tuple[int, int]):
+        super().__init__(files)
+        state_dict = dequantised_state_dict(files, block_size)
+        self.arguments = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
+
+    def reading(self):
+        """Without transformers' threads that read ahead."""
+        return one_tensor_at_a_time()
+
+    def finish(self, model: torch.nn.Module):
+        """The model was loaded from tensors, so what else transformers finds by the path is still to be done."""
+        path = self.files.path
+        model.name_or_path = model.config.name_or_path = str(path)
+        if model.can_generate() and self.files.find("generation_config.json") is not None:
+            model.generation_config = GenerationConfig.from_pretrained(path, **self.files.where)
+
+
+def find_weights(files: CheckpointFiles, config, device_map) -> PlainWeights:
+    """In which precision weights come from the files. Of block-scaled FP8 the config forgets its `quantization_config`,
+    unless it stays FP8."""
+    quantization, block_size = getattr(config, "quantization_config", None), pop_block_fp8(config)
+    if block_size is None:
+        return PlainWeights(files)
+    if hardware_has_fp8(device_map):
+        return KeptFP8(files, config, quantization)
+    return DequantisedFP8(files, block_size)

@@ -1,8 +1,8 @@
 """Native Sparse Attention (NSA, arXiv:2502.11089) on grouped heads: three branches that each read a part of the past.
 
 From top to bottom: the sizes, the definition as slow loops (`nsa_reference`), the three branches as fast functions,
-the two ways to run them (`attend_sequence` for many queries, `attend_gathered` for a few new ones over a cache), the
-documents in a batch, and the module `DeepseekNSA`. No function forms a tensor of queries x keys: queries go in chunks.
+the two ways to run them (`attend_sequence` for many queries, `attend_gathered` for a few new ones over a cache), and the
+layer, `DeepseekNSA`. No function forms a tensor of queries x keys: queries go in chunks.
 
 Shape letters: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K query heads that share a
 key/value head, D width of a head. The functions work on N = B * K independent streams, each of G query heads over one
@@ -12,24 +12,24 @@ A position counts a document's own tokens from 0: left padding has none, and eac
 """
 
 import functools
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attention_deepseek import AttentionInput, DeepseekAttention, View
+from .cache_deepseek import NSACacheLayer
+from .kernels_deepseek import kernels_run_on
 from .layers_deepseek import apply_rotary
 from .nsa_kernels_deepseek import (
     attend_gathered as triton_attend_gathered,
-    best_blocks,
     compressed_attention as triton_compressed_attention,
-    join_streams,
-    kernels_run_on,
     selected_attention as triton_selected_attention,
-    split_streams,
     window_attention as triton_window_attention,
 )
+from .selection_deepseek import best_blocks, join_streams, split_streams
+from .spans_deepseek import Span, find_documents, join_documents, split_documents
 
 _SCORE_BYTES = 8 * 2**20  # scores of a tile of queries, of a few times a CPU's second-level cache
 _MAX_TILE = 512  # queries of a tile
@@ -638,92 +638,11 @@ def _attend(query, key, value, seen) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Documents in a batch
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Span(NamedTuple):
-    """A document: the slots start .. stop - 1 of a row."""
-
-    row: int
-    start: int
-    stop: int
-
-
-def find_documents(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_length: int, has_cache: bool
-) -> list[Span] | None:
-    """Where a batch's documents lie, in order; None if every row is one document from its first slot to its last.
-
-    Args:
-        attention_mask: [B, past_length + S], 1 for tokens and 0 for padding. None: no padding; then, without a cache,
-            a document begins wherever the positions do not go on by one.
-        position_ids: int64 [B or 1, S].
-        past_length: tokens in the cache.
-
-    Raises:
-        ValueError: the mask has another shape, or padding between the tokens of a row.
-    """
-    length = past_length + position_ids.shape[1]
-    if attention_mask is None:
-        if has_cache or bool((position_ids.diff(dim=1) == 1).all()):
-            return None
-        spans = []
-        for row, positions in enumerate(position_ids):
-            begins = [0, *((positions.diff() != 1).nonzero().flatten() + 1).tolist(), length]
-            spans += [Span(row, *bounds) for bounds in pairwise(begins)]
-        return spans
-
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; with NSA it must be [batch, tokens], here "
-            f"{length} tokens (the cache's counted), 1 for tokens and 0 for padding."
-        )
-    mask = attention_mask[:, :length].bool()
-    if bool(mask.all()):
-        return None
-    counts = mask.sum(dim=1).tolist()
-    starts = mask.int().argmax(dim=1).tolist()
-    stops = (length - mask.flip(1).int().argmax(dim=1)).tolist()
-    spans = [Span(row, starts[row], stops[row]) for row in range(len(counts)) if counts[row]]
-    for span in spans:
-        if span.stop - span.start != counts[span.row]:
-            raise ValueError(
-                f"`attention_mask` has padding between the tokens of row {span.row}; NSA counts blocks from a row's "
-                "first token, so padding may only stand before or behind all of them. Pad on the left to generate."
-            )
-    return spans
-
-
-def _split_documents(states: torch.Tensor, spans: list[Span]) -> list[torch.Tensor]:
-    """[B, heads, L, D] -> the documents, [1, heads, length, D] each. By one split, whose gradient is one cat."""
-    batch, _, length, _ = states.shape
-    tokens = states.transpose(1, 2).flatten(0, 1)  # [B * L, heads, D]
-    pieces = tokens.split(_alternating_lengths(spans, batch, length))
-    return [piece.transpose(0, 1)[None] for piece in pieces[1::2]]
-
-
-def _join_documents(outputs: list[torch.Tensor], spans: list[Span], like: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_split_documents`, of the shape [B, heads, L, D] of `like`; zeros where there is no document."""
-    batch, heads, length, width = like.shape
-    pieces = [like.new_zeros(gap, heads, width) for gap in _alternating_lengths(spans, batch, length)[0::2]]
-    for i, output in enumerate(outputs):
-        pieces.insert(2 * i + 1, output[0].transpose(0, 1))  # [length, heads, D]
-    return torch.cat(pieces).view(batch, length, heads, width).transpose(1, 2)
-
-
-def _alternating_lengths(spans: list[Span], batch: int, length: int) -> list[int]:
-    """gap, document, gap, ..., document, gap: in slots of the flattened batch."""
-    bounds = [0, *(row * length + slot for row, *ends in spans for slot in ends), batch * length]
-    return [stop - start for start, stop in pairwise(bounds)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Module
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class DeepseekNSA(nn.Module):
+class DeepseekNSA(DeepseekAttention):
     """Native sparse attention on grouped-query attention: a gated sum of three branches, eq. 5.
 
         o_t = sum_c sigmoid(W_g h_t)_c * attention(q_t, keys_c, values_c),   c in compressed, selected, window
@@ -739,12 +658,19 @@ class DeepseekNSA(nn.Module):
     at 1/2.
 
     The choice of blocks has no gradient; it is learned because the compressed branch shares its scores.
+
+    It supports none of the facts of `attention_deepseek.py`: its own cache layer keeps more than keys and values, and
+    blocks are counted from a row's first token, without hidden slots in between.
     """
 
+    title = "native sparse attention (NSA)"
+    adapters = (
+        *("q_proj", "o_proj", "compress_k_proj", "compress_v_proj"),
+        *("select_k_proj", "select_v_proj", "window_k_proj", "window_v_proj"),
+    )
+
     def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
+        super().__init__(config, layer_idx)
         self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
         self.sizes = NSASizes.from_config(config)
@@ -761,6 +687,16 @@ class DeepseekNSA(nn.Module):
         self.compress_value = BlockCompressor(self.head_dim, self.sizes)
         self.branch_gate = nn.Linear(hidden, heads * 3, bias=True)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=bias)
+
+    @classmethod
+    def view(cls, config, tokens: AttentionInput) -> View:
+        """The documents instead of a mask."""
+        past, has_cache = int(tokens.past_length), tokens.past_key_values is not None
+        return View(find_documents(tokens.attention_mask, tokens.position_ids, past, has_cache), has_past=past > 0)
+
+    def make_cache_layer(self) -> NSACacheLayer:
+        """Keys and values of the three branches."""
+        return NSACacheLayer(window=self.sizes.window, block=self.sizes.block)
 
     def forward(
         self,
@@ -821,9 +757,9 @@ class DeepseekNSA(nn.Module):
         tokens = query, rotated_query, gates, *raw, *selected, *windowed
         outputs = [
             self._attend_new(*document[:3], document[3:5], document[5:7], document[7:], None)
-            for document in zip(*(_split_documents(states, spans) for states in tokens), strict=True)
+            for document in zip(*(split_documents(states, spans) for states in tokens), strict=True)
         ]
-        return _join_documents(outputs, spans, like=query)
+        return join_documents(outputs, spans, like=query)
 
     @torch.compiler.disable
     def _attend_cached(
@@ -872,6 +808,6 @@ class DeepseekNSA(nn.Module):
                 plain, rotated, gate = (x[rows, :, new] for x in (query, rotated_query, gates))
                 outputs.append(attend_sequence(plain, rotated, states, gate, self.scaling, sizes))
                 places.append(Span(rows.start, new.start, new.stop))
-            output = outputs[0] if spans is None else _join_documents(outputs, places, like=query)
+            output = outputs[0] if spans is None else join_documents(outputs, places, like=query)
         layer.trim()
         return output

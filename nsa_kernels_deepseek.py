@@ -1,8 +1,8 @@
 """Triton kernels for Native Sparse Attention (NSA, arXiv:2502.11089): the branches of `nsa_deepseek.py` on a GPU.
 
-Same functions, arguments and results as there; nothing of queries x keys is stored. From top to bottom: loads, stores
-and softmax steps that kernels share; attention to a band of keys, which serves the compressed and the window branch;
-scores of selection blocks, a second pass over the compressed keys; the selected branch; the functions to call.
+Same functions, arguments and results as there; nothing of queries x keys is stored. From top to bottom: attention to a
+band of keys, which serves the compressed and the window branch; scores of selection blocks, a second pass over the
+compressed keys; the selected branch; the functions to call.
 
     compressed   forward keeps each row's log-sum-exp; with it the second pass turns scores into probabilities and sums
                  them over the heads of a group and over a selection block while they are in registers
@@ -19,11 +19,21 @@ Compiled by Triton for compute capabilities 8.0 and 9.0. Run and timed on no GPU
 
 from __future__ import annotations  # kernels' annotations name `tl`, which is None without Triton
 
-import functools
-
 import torch
 
-from .layers_deepseek import rank_places, ranked_places
+from .kernels_deepseek import (
+    dense_rows,
+    finish,
+    kernel,
+    load_tile,
+    on_its_gpu,
+    padded_width,
+    power_of_two,
+    product,
+    store_tile,
+    take_in,
+)
+from .selection_deepseek import best_blocks, join_streams, split_streams
 
 try:
     import triton
@@ -37,124 +47,12 @@ _SEGMENT = 1024  # queries over which one program sums a selected block's gradie
 _UNBOUNDED = 2**30  # a window longer than any sequence
 
 
-def kernels_run_on(states: torch.Tensor) -> bool:
-    """Whether the functions below can take this tensor: Triton is there and the tensor on a GPU."""
-    return triton is not None and states.is_cuda
-
-
-def on_its_gpu(function):
-    """Makes the first argument's GPU the current one for the call: Triton launches there, wherever tensors lie."""
-
-    @functools.wraps(function)
-    def run(states: torch.Tensor, *arguments):
-        with torch.cuda.device_of(states):
-            return function(states, *arguments)
-
-    return run
-
-
-def kernel(function):
-    """`triton.jit`; without Triton the function stays as it is and is never called."""
-    return triton.jit(function) if triton is not None else function
-
-
-def split_streams(states: torch.Tensor, num_key_value_heads: int) -> torch.Tensor:
-    """[B, H, S, D] -> [N, S, G, D], the query heads by the key/value head that they share"""
-    return states.unflatten(1, (num_key_value_heads, -1)).transpose(2, 3).flatten(0, 1)
-
-
-def join_streams(states: torch.Tensor, batch: int) -> torch.Tensor:
-    """[N, S, G, D] -> [B, H, S, D], the inverse of `split_streams`"""
-    return states.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
-
-
-def best_blocks(importance: torch.Tensor, num_select: int) -> torch.Tensor:
-    """The selection blocks of the highest importance; of equally important ones the later.
-
-    Blocks of equal text are equally important, but what is computed differs by rounding, as shapes have it. So numbers
-    are compared in bfloat16.
-
-    Args:
-        importance: float32 [..., blocks], -inf for blocks that may not be selected.
-
-    Returns:
-        int64 [..., num_select] in no order; -1 fills up where fewer blocks exist.
-    """
-    num_best = min(num_select, importance.shape[-1])
-    ranks = rank_places(importance.bfloat16().float())
-    blocks = ranked_places(ranks.topk(num_best, dim=-1, sorted=False).values)
-    return torch.nn.functional.pad(blocks, (0, num_select - num_best), value=-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What kernels share, those of `dsa_kernels_deepseek.py` too. A head's width is padded to a power of two; what is beyond
-# it reads as zero.
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def load_tile(pointer, rows, exists, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a matrix -> [rows, PADDED]; zeros where a row does not exist. Offsets in 64 bits: caches are long."""
-    columns = tl.arange(0, PADDED)
-    mask = exists[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@kernel
-def store_tile(pointer, rows, exists, tile, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """[rows, PADDED] -> rows of a contiguous matrix, in its dtype"""
-    columns = tl.arange(0, PADDED)
-    mask = exists[:, None] & (columns < WIDTH)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
-
-
-@kernel
-def product(a, b):
-    """float32 matrix product; of float32 factors without rounding them to TF32, as PyTorch does"""
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@kernel
-def take_in(scores, value, maximum, total, mixed):
-    """One step of online softmax: what rows know after a tile of keys, whose scores [rows, keys] are -inf where they
-    are hidden. The sums are without the last division."""
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-    probs = tl.exp(scores - new_maximum[:, None])
-    decay = tl.exp(maximum - new_maximum)
-    total = total * decay + tl.sum(probs, 1)
-    mixed = mixed * decay[:, None] + product(probs.to(value.dtype), value)
-    return new_maximum, total, mixed
-
-
-@kernel
-def finish(maximum, total, mixed):
-    """-> the attention's output and log-sum-exp; zero and +inf, so that probabilities are 0, for a row without keys"""
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    return mixed / total[:, None], tl.where(empty, float("inf"), maximum + tl.log(total))
-
-
 @kernel
 def _score_gradients(query, key, value, grad, log_sum_exp, mean_grad, seen, scaling):
     """-> probabilities and gradients of the scores, float32 [rows, keys] each"""
     scores = product(query, tl.trans(key)) * scaling
     probs = tl.where(seen, tl.exp(scores - log_sum_exp[:, None]), 0.0)
     return probs, probs * (product(grad, tl.trans(value)) - mean_grad[:, None]) * scaling
-
-
-def power_of_two(size: int, least: int) -> int:
-    return max(least, triton.next_power_of_2(size))
-
-
-def padded_width(states: torch.Tensor) -> int:
-    """A power of two, and at least the 16 that tensor cores multiply."""
-    return power_of_two(states.shape[-1], least=16)
-
-
-def dense_rows(states):
-    """[N, T, D] as it is if the numbers of a row lie together, so that a part of a cache is not copied."""
-    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Prefix:
         Args:
             input_ids: [1, tokens].
             layers: for each layer, the tensors of its cache by name.
-            make_layer: makes an empty cache layer that takes them.
+            make_layer: index of a layer -> an empty cache layer that takes its tensors.
             made_by: what `describe_model` says of the model, and the kind of cache under "cache".
         """
         self.input_ids = input_ids
@@ -75,7 +75,7 @@ class Prefix:
         """A cache with `batch_size` copies of the prefix."""
         cache = DynamicCache()
         cache.layer_class_to_replicate = None
-        cache.layers = [self.make_layer() for _ in self.layers]
+        cache.layers = [self.make_layer(i) for i in range(len(self.layers))]
         for layer, tensors in zip(cache.layers, self.layers, strict=True):
             layer.put_tensors({name: tensor.repeat_interleave(batch_size, dim=0) for name, tensor in tensors.items()})
         return cache

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for one model.
 
     python serve.py                                          # the model in this folder, http://localhost:8000/v1
-    python serve.py --model path/or/hub-name --trust-remote-code --continuous-batching
+    python serve.py --model path/or/hub-name --trust-remote-code
     python serve.py --adapter runs/my-adapter
 
     from openai import OpenAI
@@ -69,21 +69,26 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument("--quiet", action="store_true", help="no line for each request")
     batching = parser.add_argument_group(
         "continuous batching",
-        "requests share forward passes, but those with penalties, biases, min_p, seeds, logprobs or a schema, which are "
-        "answered one after the other beside the others",
+        "requests that come together share forward passes, where the model can; those with penalties, biases, min_p, "
+        "seeds, logprobs or a schema are answered one after the other beside them",
     )
-    batching.add_argument("--continuous-batching", action="store_true")
+    batching.add_argument(
+        "--continuous-batching",
+        action=argparse.BooleanOptionalAction,
+        help="batch requests that come alone as well, and end if the model cannot; --no-continuous-batching never batches",
+    )
     batching.add_argument(
         "--cache-blocks",
         type=_whole(1, 2**31 - 1),
-        help="blocks of the paged cache (default: from the free memory, on a CPU four texts of the model's context)",
+        help="blocks of the paged cache (default: half of an accelerator's free memory, on a CPU four texts of the "
+        "model's context)",
     )
     batching.add_argument(
         "--batch-tokens",
         type=_whole(1, 2**31 - 1),
         help="most tokens of a forward pass (default: 8192, on a CPU 1024)",
     )
-    alone = parser.add_argument_group("one after the other", "what is not batched")
+    alone = parser.add_argument_group("one after the other", "what is not batched, requests that come alone among it")
     alone.add_argument(
         "--kept-caches",
         type=_whole(0, 10_000),
@@ -118,8 +123,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     for option in ("cache_blocks", "batch_tokens"):
-        if getattr(args, option) is not None and not args.continuous_batching:
-            parser.error(f"--{option.replace('_', '-')} is for --continuous-batching; give both or none")
+        if getattr(args, option) is not None and args.continuous_batching is False:
+            parser.error(f"--{option.replace('_', '-')} is for batches; leave it or --no-continuous-batching out")
     if not args.name:
         parser.error("--name is empty; it is what requests call the model")
     key = args.api_key if args.api_key is not None else os.environ.get(API_KEY_VARIABLE)
@@ -183,6 +188,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_arguments(argv)
+    # Between two parallel regions OpenMP's threads turn for some milliseconds. While another program wants a core too,
+    # each region then waits for a thread that is not running, and an answer takes twenty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sockets = listen(args.host, args.port)
     except OSError as error:
@@ -236,7 +244,6 @@ def load_into(service, args: argparse.Namespace) -> None:
         ValueError, OSError: it cannot be loaded or served.
     """
     with extra("serve"):
-        from transformers import ContinuousBatchingConfig
         from transformers.utils import logging as transformers_logging
 
         from common.loading import load
@@ -247,12 +254,7 @@ def load_into(service, args: argparse.Namespace) -> None:
     if args.temperature is not None:
         model.generation_config.do_sample = args.temperature > 0
         model.generation_config.temperature = args.temperature or None
-    batching = None
-    if args.continuous_batching:
-        batching = ContinuousBatchingConfig(
-            num_blocks=args.cache_blocks, max_batch_tokens=args.batch_tokens, auto_switch_to_flash=False
-        )
-    service.attach(model, tokenizer, batching, args.kept_caches)
+    how = attach(service, model, tokenizer, args)
     count = sum(parameter.numel() for parameter in model.parameters())
     root = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}"
     address = f"{root}/v1"
@@ -260,12 +262,59 @@ def load_into(service, args: argparse.Namespace) -> None:
     print(
         f"serving {args.name} at {address}: {count / 1e6:,.1f} million parameters, {model.dtype} on {model.device}, "
         f"context {service.context} tokens\n"
-        f"  {'requests share forward passes' if batching else 'one request after the other'}, "
-        f"{'with' if args.api_key else 'without'} an API key; Ctrl-C ends it. Chat in a browser at {root}/ or try:\n"
+        f"  {how}\n"
+        f"  {'with' if args.api_key else 'without'} an API key; Ctrl-C ends it. Chat in a browser at {root}/ or try:\n"
         f"  curl {address}/chat/completions -H 'Content-Type: application/json'{key} "
         '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
         flush=True,
     )
+
+
+def attach(service, model, tokenizer, args: argparse.Namespace) -> str:
+    """Serve the model, in batches where it can and nobody said otherwise -> how requests are answered, and why so.
+
+    Raises:
+        ValueError: the model's own settings cannot be kept, or batches are asked for and cannot be made.
+    """
+    reason = "as --no-continuous-batching says"
+    if args.continuous_batching is not False:
+        try:
+            if not (args.continuous_batching or is_of_this_repository(model)):
+                raise ValueError("the model has a class of its own, of which batches are not known to be right")
+            service.attach(model, tokenizer, paging(model, args), args.kept_caches, bool(args.continuous_batching))
+            if args.continuous_batching:
+                return "requests share forward passes, as --continuous-batching says"
+            return "a request that comes alone is answered alone; those that come together share forward passes"
+        except ValueError as error:
+            if args.continuous_batching:
+                raise
+            reason = f"without batches, since {error}"
+    service.attach(model, tokenizer, None, args.kept_caches)
+    return f"one request after the other, {reason}"
+
+
+def is_of_this_repository(model) -> bool:
+    """Whether the model, perhaps with an adapter, has the class that is tested here."""
+    from common.loading import model_class
+
+    return type(getattr(model, "get_base_model", lambda: model)()) is model_class()
+
+
+def paging(model, args: argparse.Namespace):
+    """Settings of the paged cache.
+
+    Raises:
+        ValueError: this release of transformers has none.
+    """
+    from transformers import ContinuousBatchingConfig
+
+    # What is answered beside the batch needs memory too. On a CPU the model sizes the cache by its context.
+    share = 0.5 if args.cache_blocks is None and model.device.type != "cpu" else None
+    sizes = {"num_blocks": args.cache_blocks, "max_batch_tokens": args.batch_tokens, "max_memory_percent": share}
+    try:
+        return ContinuousBatchingConfig(**sizes, auto_switch_to_flash=False)
+    except TypeError as error:  # a field is missing
+        raise ValueError("this release of transformers has no paged cache for batches; it came with 5.19") from error
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def write_card(folder: Path, what: str, source: Path | None = None, name: str | 
 
 
 def _front_of(folder: Path) -> dict:
-    """What of a card still holds for a model that was made of its model."""
+    """The fields of a card that still hold for a model made from its model."""
     try:
         data = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data
     except Exception:  # there is none, or its YAML is damaged: then nothing is known

@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint: the one list that everything uses that copies, saves, extends or publishes one.
+"""What belongs to a checkpoint: the one list for all code that copies, saves, extends or publishes checkpoints.
 
 A model's folder often holds more: results, notes, saved chats, a whole repository. None of that is part of the model.
 """
@@ -29,7 +29,7 @@ ALL = (
 
 
 def belonging(folder: Path, patterns: tuple[str, ...] = ALL) -> list[str]:
-    """The folder's files that match, relative to it, and the modules that its tokenizer or model runs."""
+    """The folder's files that match, relative to it, and the modules that its tokenizer and model need."""
     paths = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
     names = {path.relative_to(folder).as_posix() for path in paths}
     configs = [name for name in ("config.json", "tokenizer_config.json") if name in names]
@@ -44,7 +44,7 @@ def _modules(folder: Path, configs: list[str]) -> set[str]:
         try:
             auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map") or {}
         except (ValueError, AttributeError):
-            continue  # damage, which others report
+            continue  # damage, which other checks report
         # The values are texts, or of tokenizers lists of them; "owner/name--module.Class" lies elsewhere.
         references = [text for text in json.dumps(auto_map).split('"') if "." in text and "--" not in text]
         waiting += [text.partition(".")[0] for text in references]

@@ -14,7 +14,7 @@ READER_GONE = 141
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """End the process with what `main` returns; Ctrl-C, and a reader of the output that is gone, are no tracebacks."""
+    """End the process with the exit code of `main`. Ctrl-C and a closed output pipe end it without a traceback."""
     try:
         code = main()
         sys.stdout.flush()
@@ -45,6 +45,6 @@ def check_early(name: str, check: Callable[[], object]) -> None:
 
 
 def no_command(instead: str) -> NoReturn:
-    """For `python -m` of a module that is none of the commands: say which is meant, rather than do nothing."""
+    """For `python -m` of a module that is no command: name the command that is meant, instead of doing nothing."""
     print(f"error: this module is no command; {instead}", file=sys.stderr)
     sys.exit(2)

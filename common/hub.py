@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+
+from common.names import check_model_name
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -33,3 +35,14 @@ def check_hub(name: str | Path, file: str = "config.json") -> None:
                 f"{name} is not in the cache, and {constants.ENDPOINT} does not answer ({error}); connect to a network, or "
                 "name a folder"
             ) from error
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a model; one that is named as on the Hub is fetched.
+
+    Raises:
+        OSError: there is none, or no connection.
+    """
+    check_model_name(name)
+    check_hub(name)
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))

@@ -12,6 +12,7 @@ was measured and what is lost: docs/compression.md.
 """
 
 import argparse
+import errno
 import json
 import re
 import sys
@@ -31,7 +32,16 @@ with extra("train"):
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.layers import LayerByLayer
     from compress.report import write_report
-    from compress.rewrite import Job, Source, Tensor, check_space, digest, explain_interruption, local_folder
+    from compress.rewrite import (
+        Job,
+        Source,
+        Tensor,
+        check_space,
+        digest,
+        error_number,
+        explain_interruption,
+        local_folder,
+    )
     from compress.scores import FIELDS, SCORES, choose, score, sum_visits
     from configuration_deepseek import DeepseekConfig
     from tools.add_remote_code import read_config, write_json
@@ -152,14 +162,8 @@ def _write_states(file: Path, next_layer: int, sums: dict[int, torch.Tensor], lo
         save_file(tensors, part, metadata={"next_layer": str(next_layer), "loss": repr(loss)})
     except Exception as error:  # safetensors has its own for a full disk
         part.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None) or _errno_in(str(error)), str(error)) from error
+        raise OSError(error_number(error) or errno.EIO, str(error)) from error
     part.replace(file)
-
-
-def _errno_in(message: str) -> int:
-    """The system's number of an error that safetensors passes on as text: "... (os error 28)"."""
-    found = re.search(r"os error (\d+)", message)
-    return int(found[1]) if found else 5
 
 
 def _read_states(file: Path, model: LayerByLayer) -> tuple[int, dict[int, torch.Tensor], float, torch.Tensor]:

@@ -1,11 +1,15 @@
-"""Writes a checkpoint's matrices in DeepSeek's own FP8: blocks of 128 x 128 numbers in E4M3, each with a float32 scale.
+"""Writes a checkpoint with fewer bits: DeepSeek's own FP8, or int8 and int4 through llm-compressor (compress/integers.py).
 
     python -m compress.quantise --model path/to/model --output runs/fp8 --format fp8
+    python -m compress.quantise --model path/to/model --output runs/int4 --format int4 --calibration en.jsonl zh.jsonl
+
+FP8 has blocks of 128 x 128 numbers in E4M3, each with a float32 scale:
 
     scale = max |W| of the block / 448,   stored = round(W / scale),   W is read back as stored * scale
 
 As in the published files, embedding, output head, routers, norms, `eh_proj` and the indexer's `weights_proj` stay as they
-are. One matrix is in memory at a time. The same command goes on after an interruption.
+are. One matrix is in memory at a time. The same command goes on after an interruption. int8 and int4 have the whole model in
+memory, need calibration text, and begin anew.
 """
 
 import argparse
@@ -21,13 +25,16 @@ with extra("train"):
     import torch.nn.functional as F
     from safetensors import safe_open
 
+    from common.loading import load_tokenizer
+    from compress.calibration import Calibration, check_tokenizer, read_calibration
+    from compress.integers import METHODS, write_integers
     from compress.rewrite import Job, Source, Tensor, check_space, digest, explain_interruption, local_folder
     from tools.add_remote_code import read_config
-    from tools.convert import refuse_existing
+    from tools.convert import refuse_existing, resolve_config
 
 BLOCK = 128
 LARGEST = 448.0  # of E4M3
-FORMATS = ("fp8",)
+FORMATS = ("fp8", "int8", "int4")
 # What DeepSeek's files have in FP8: the projections of attention, the indexer and every MLP.
 _QUANTISED = re.compile(
     r"(?:model\.)?layers\.\d+\.(?:self_attn\.(?:(?:q|k|v|o|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|indexer\.(?:wq_b|wk))"
@@ -113,6 +120,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="fp8", help="what to write (%(default)s)")
+    parser.add_argument("--method", choices=METHODS, help="of int8 and int4 (gptq)")
+    parser.add_argument(
+        "--calibration", nargs="+", type=Path, metavar="FILE", help="for int8 and int4: files as for compress.prune"
+    )
+    parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens of all files (%(default)s)")
+    parser.add_argument("--context-tokens", type=int, default=512, help="longest row, in tokens (%(default)s)")
     return parser
 
 
@@ -129,7 +142,22 @@ def run(arguments: argparse.Namespace):
         )
     refuse_existing(arguments.output)
     source = Source(folder)
-    writer = FP8Writer(source)
+    if arguments.format == "fp8":
+        if arguments.calibration or arguments.method:
+            raise ValueError("--calibration and --method are for int8 and int4; FP8 needs neither, leave them out.")
+        write_fp8(source, config, arguments.output)
+    else:
+        write_calibrated(source, config, arguments)
+    written = Source(arguments.output).total_bytes()
+    print(f"wrote {arguments.output}: {written / 1e9:.3f} GB, {written / source.total_bytes():.3f} of what it was")
+
+
+def write_fp8(source: Source, config: dict, output: Path):
+    """
+    Raises:
+        ValueError, OSError: as `run`.
+    """
+    folder, writer = source.folder, FP8Writer(source)
     if stacked := [name for name in source.shard_of if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         raise ValueError(
             f"{stacked[0]} holds the experts of a layer in one tensor; load the model here and save it again, which writes one "
@@ -137,15 +165,45 @@ def run(arguments: argparse.Namespace):
         )
     if not any(map(writer.is_quantised, source.shard_of)):
         raise ValueError(f"{folder} has no matrices that FP8 is for; is it an adapter, or another model?")
-    needed = sum(tensor.nbytes for name in source.shard_of for tensor in writer.change(name))
-    check_space(arguments.output, needed)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    headers = sorted((name, str(source.header(name))) for name in source.shard_of)
-    job = Job(arguments.output, {"model": digest(config, headers), "format": arguments.format})
+    check_space(output, sum(tensor.nbytes for name in source.shard_of for tensor in writer.change(name)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    job = Job(output, {"model": _digest(source, config), "format": "fp8"})
     with explain_interruption(job.scratch):
         job.write_shards(source, writer.change, "quantising")
         job.finish(folder, fp8_config(config, source))
-    print(f"wrote {arguments.output}: {needed / 1e9:.3f} GB, {needed / source.total_bytes():.3f} of what it was")
+
+
+def write_calibrated(source: Source, config: dict, arguments: argparse.Namespace):
+    """int8 or int4.
+
+    Raises:
+        ValueError, OSError: as `run`.
+    """
+    if not arguments.calibration:
+        raise ValueError(
+            f"--calibration is missing; --format {arguments.format} rounds by what goes through the matrices."
+        )
+    calibration = _read_calibration(source.folder, config, arguments)
+    check_space(arguments.output, source.total_bytes())  # an upper bound
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    what = {"model": _digest(source, config), "format": arguments.format, "method": arguments.method or METHODS[0]}
+    job = Job(arguments.output, what | {"calibration": digest(calibration.ids.tolist())})
+    with explain_interruption(job.scratch, goes_on=False):
+        for left in job.folder.iterdir():  # of a run that was interrupted
+            left.unlink()
+        write_integers(source.folder, job.folder, what["format"], what["method"], calibration)
+        job.finish(source.folder, read_config(job.folder))
+
+
+def _read_calibration(folder: Path, config: dict, arguments: argparse.Namespace) -> Calibration:
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, resolve_config(config))
+    tokenizer.model_max_length = sys.maxsize  # texts are cut after they are encoded
+    return read_calibration(arguments.calibration, tokenizer, arguments.tokens, arguments.context_tokens)
+
+
+def _digest(source: Source, config: dict) -> str:
+    return digest(config, sorted((name, str(source.header(name))) for name in source.shard_of))
 
 
 def main(argv: list[str] | None = None) -> int:

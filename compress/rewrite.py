@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -204,21 +205,31 @@ def check_space(folder: Path, needed: int):
 
 
 @contextmanager
-def explain_interruption(scratch: Path):
-    """Says of a full disk, and of Ctrl-C, that the same command goes on.
+def explain_interruption(scratch: Path, goes_on: bool = True):
+    """Says of a full disk, and of Ctrl-C, what the same command does next.
+
+    Args:
+        goes_on: whether it goes on with what is done, or begins anew.
 
     Raises:
         ValueError: in place of either.
     """
     kept = f"What is done is kept in {scratch}: the same command goes on with it."
+    kept = kept if goes_on else f"The same command begins anew; {scratch} may be removed."
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if error_number(error) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ValueError(f"The disk is full ({error}). Make room. {kept}") from error
     except KeyboardInterrupt as error:
         raise ValueError(f"Interrupted. {kept}") from error
+
+
+def error_number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors passes it on as text: "... (os error 28)"."""
+    found = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(found[1]) if found else None)
 
 
 def _start_of_data(path: Path) -> int:

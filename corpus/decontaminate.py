@@ -1,4 +1,4 @@
-"""Finds documents that share an n-gram with a test set, so that a test of a trained model means something."""
+"""Finds documents that share an n-gram with a test set, so that test results of a trained model mean something."""
 
 import csv
 import gzip
@@ -46,7 +46,7 @@ class Contaminants:
         every = np.concatenate([*hashes, np.empty(0, np.uint64)])
         self._hashes, first = np.unique(every, return_index=True)  # sorted
         self._owners = np.concatenate([*owners, np.empty(0, np.int64)])[first]
-        # Nearly every n-gram of a document is in no test: one look at a bitmap settles those.
+        # Nearly every n-gram of a document is in no test; one look at a bitmap rules those out.
         self._bitmap = np.zeros(1 << _BITMAP_BITS, dtype=bool)
         self._bitmap[self._hashes >> np.uint64(64 - _BITMAP_BITS)] = True
 

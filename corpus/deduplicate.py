@@ -8,12 +8,13 @@ output folder holds one file for each input, with the same name and format and a
 read, `figures.json`, `removed.jsonl` (each removed document, its keeper or the rule) and `problems.jsonl` (damaged lines).
 
 1. scan: each file once; what the rules and the test sets say of each document, its fingerprint, its signature.
-2. select: equal fingerprints; shared bands; candidates read again and compared truly; clusters; keepers.
+2. select: equal fingerprints; shared bands; candidates read again and compared in full; clusters; keepers.
 3. write: each file once more, kept lines as they were.
 4. report.
 
-Memory holds about 500 bytes a document and no texts but the current one. Work stands in `OUTPUT.partial` until all of it
-is done: run the same command again after a kill and it goes on at the first unfinished file. The result is the same.
+Memory holds about 500 bytes a document and no texts but the current one. Work is kept in `OUTPUT.partial` until all of
+it is done. After a kill, run the same command again: it continues at the first unfinished file, and the result is the
+same.
 """
 
 import argparse
@@ -159,7 +160,7 @@ def _check_inputs(files: list[Path], output: Path, test_sets: tuple[Path, ...], 
 
 
 def _claim(partial: Path, files: list[Path], test_sets: tuple[Path, ...], options: Options) -> None:
-    """Note in the work folder what it belongs to, or check the note of an earlier run."""
+    """Record in the work folder which command it belongs to, or check the record of an earlier run."""
 
     def identity(path: Path) -> list:
         state = path.stat()
@@ -187,7 +188,7 @@ def _claim(partial: Path, files: list[Path], test_sets: tuple[Path, ...], option
 
 @contextmanager
 def _atomic(path: Path) -> Iterator[Path]:
-    """A name to write to; on leaving without an error the file takes its place as `path`."""
+    """A temporary name to write to; when the block ends without an error, the file is renamed to `path`."""
     part = path.with_name(path.name + ".part")
     yield part
     os.replace(part, path)
@@ -731,9 +732,12 @@ def build_parser() -> argparse.ArgumentParser:
     rules.add_argument(
         "--quality", action=argparse.BooleanOptionalAction, default=default.quality, help="quality rules (default on)"
     )
-    rules.add_argument("--test-sets", nargs="+", type=Path, default=[], help="files that must not be trained on")
+    rules.add_argument("--test-sets", nargs="+", type=Path, default=[], help="test sets, which must not be trained on")
     rules.add_argument(
-        "--test-ngram", type=int, default=default.test_ngram, help="shared tokens that are too many (default 13)"
+        "--test-ngram",
+        type=int,
+        default=default.test_ngram,
+        help="tokens that a document may not share with a test, in a row (default 13)",
     )
     return parser
 

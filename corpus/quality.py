@@ -1,9 +1,9 @@
 """Rules that a text must pass to be worth training on.
 
 Thresholds are Gopher's (Rae et al., arXiv:2112.11446, tables A1 and A2). They count words. A text mostly in a script
-without spaces has none that could be counted, so there the rules are put in characters: no word lengths and no stop
-words; a longer minimum, since a Chinese word has about 1.6 characters; longer n-grams in the rules on repetition; and
-a limit on punctuation in place of the one on words without letters.
+without spaces has no words to count. Its rules count characters instead: no word lengths and no stop words; a longer
+minimum, since a Chinese word has about 1.6 characters; longer n-grams in the rules on repetition; and a limit on
+punctuation in place of the one on words without letters.
 
 The stop words are English: texts in other languages with spaces need `--no-quality`.
 """

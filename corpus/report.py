@@ -30,7 +30,8 @@ mark { background: #ffdf80 }
 
 
 def plot(figures: dict, similarities: np.ndarray, target: Path) -> None:
-    """Draw what became of each source's bytes, and how similar the near duplicates are against what the bands can find.
+    """Draw what became of each source's bytes, and the similarity of near duplicates beside the bands' chance to find
+    them.
 
     Args:
         figures: as in figures.json.
@@ -99,7 +100,7 @@ def write_html(figures: dict, pairs: list[dict], target: Path) -> None:
         "<h1>Deduplication</h1>",
         f"<p>{_count(total, 'documents')} documents, {_count(total, 'bytes')} bytes. "
         f"{figures['clusters']['count']:,} clusters of copies, the largest of {figures['clusters']['largest']:,} "
-        f"documents. {figures['candidates']['compared']:,} pairs were compared truly, of which "
+        f"documents. {figures['candidates']['compared']:,} pairs were compared in full, of which "
         f"{figures['candidates']['below_threshold']:,} were below the threshold.</p>",
         "<img src='report.png' alt='bytes by source and similarity of near duplicates'>",
         "<h2>By source</h2>",

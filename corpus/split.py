@@ -1,4 +1,5 @@
-"""Cuts long texts into documents at their empty lines, since a .txt is one document and one document is never held out in part.
+"""Cuts long texts into documents at their empty lines: a .txt is one document, and a document is never held out in
+part.
 
     python -m corpus.split book.txt more.txt --output runs/documents.jsonl
 
@@ -20,7 +21,7 @@ from tokenization.documents import check_paths, read_documents
 
 
 def split(text: str, least_characters: int) -> Iterator[str]:
-    """Documents of at least so many characters each (the last one may be shorter), cut between paragraphs."""
+    """Documents of at least `characters` characters each (the last one may be shorter), cut between paragraphs."""
     separator = "\n\n" if re.search(r"\n\s*\n", text) else "\n"
     paragraphs = re.split(r"\n\s*\n" if separator == "\n\n" else "\n", text)
     pending: list[str] = []

@@ -4,7 +4,7 @@ Chinese is written without spaces, so a tokenizer that splits at spaces and punc
 one edited character changes most n-grams. Here a character of a script without spaces is a token; elsewhere a run of
 letters and digits is one.
 
-Everything is a numpy pass over code points, no Python loop over characters. Shapes: C characters, T tokens.
+All work is done by numpy passes over code points, without Python loops over characters. Shapes: C characters, T tokens.
 """
 
 import hashlib

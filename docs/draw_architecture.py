@@ -1,4 +1,4 @@
-"""Draws docs/images/architecture.png: `python docs/draw_architecture.py`."""
+"""Draws docs/images/architecture.png: `python -m docs.draw_architecture`."""
 
 from pathlib import Path
 

@@ -1,11 +1,12 @@
 """Callbacks for transformers' and TRL's trainers."""
 
 import warnings
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from common.command import no_command
 
@@ -23,7 +24,8 @@ class RouterBiasCallback(TrainerCallback):
         update_rate: step of the bias, in [0, 1]; V3 used 1e-3 in most of pretraining, 0 only reads the load.
 
     Raises:
-        ValueError: `update_rate` is out of range, or (when training begins) the model has no `update_router_bias`.
+        ValueError: `update_rate` is out of range, or (when training begins) the model has no `update_router_bias` or would
+            be trained by `nn.DataParallel`.
     """
 
     def __init__(self, update_rate: float = 1e-3):
@@ -32,9 +34,10 @@ class RouterBiasCallback(TrainerCallback):
         self.update_rate = update_rate
         self.expert_load: float | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         """Fails early rather than at the first step."""
         find_routed_model(model)
+        refuse_data_parallel(args)
         if isinstance(model, PeftModel) and self.update_rate:
             warnings.warn(
                 "RouterBiasCallback changes the router's bias, which is not saved with the adapter; use update_rate=0, or "
@@ -42,7 +45,7 @@ class RouterBiasCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_optimizer_step(self, args, state, control, model: Any = None, **kwargs):
         """Called once for each optimizer step, whatever the gradient accumulation."""
         loads = find_routed_model(model).update_router_bias(self.update_rate)
         if loads:
@@ -56,7 +59,7 @@ class RouterBiasCallback(TrainerCallback):
         state.log_history[-1]["expert_load"] = logs["expert_load"]
 
 
-def find_routed_model(model: nn.Module) -> nn.Module:
+def find_routed_model(model: nn.Module) -> Any:
     """The module with `update_router_bias` inside whatever wraps it: PEFT, DistributedDataParallel, ...
 
     Raises:
@@ -66,6 +69,22 @@ def find_routed_model(model: nn.Module) -> nn.Module:
         if hasattr(type(module), "update_router_bias"):
             return module
     raise ValueError(f"{type(model).__name__} has no update_router_bias; it is no DeepSeek model of this repository")
+
+
+def refuse_data_parallel(arguments: TrainingArguments) -> None:
+    """For one process that sees several GPUs transformers' Trainer takes `nn.DataParallel`. Its copies of the model live for
+    one pass, and the tokens that they count for their experts are gone with them.
+
+    Raises:
+        ValueError: that would happen.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"this is one process and it sees {arguments.n_gpu} GPUs, which would be trained on by nn.DataParallel: that loses "
+            "the load of the experts. Start one process a GPU, `accelerate launch --config_file "
+            f"configs/accelerate/ddp.yaml --num_processes {arguments.n_gpu} --module finetune.sft ...` (or .dpo, .grpo, or a "
+            "script of your own), or show it one GPU, `CUDA_VISIBLE_DEVICES=0 python -m finetune.sft ...`"
+        )
 
 
 class LogOften(TrainerCallback):

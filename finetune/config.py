@@ -28,7 +28,9 @@ QUANTISATIONS = ("none", "nf4", "int8")
 TRACKERS = ("tensorboard", "wandb", "none")
 
 
-def option(default: Any, help: str, section: str, *, choices=None, low=None, high=None, above=None, unit: str = ""):
+def option(
+    default: Any, help: str, section: str, *, choices=None, low=None, high=None, above=None, unit: str = ""
+) -> Any:
     """A field with what the help, the checks and the documentation need.
 
     Args:
@@ -199,9 +201,24 @@ class SFTOptions(CommonOptions):
     mtp_loss: float = option(
         0.0, "weight of the multi-token-prediction loss; above 0 those modules are trained too", "method", low=0
     )
+    teacher: str | None = option(
+        None,
+        "folder or Hub name of a model with the same tokens, whose distribution is learned instead of the text's",
+        "method",
+    )
+    merge: bool = option(False, "write the whole model with the result merged in too, to merged/", "run")
 
     def check(self):
         super().check()
+        for name in ("mtp_loss", "balance_loss"):
+            if self.teacher and getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but with a teacher its distribution is all that is learned"
+                )
+        if self.merge and self.method == "full":
+            raise ValueError(
+                "merge is on, but method is 'full', whose result is a whole model already; leave merge out"
+            )
         if self.balance_loss and not self.train_router:
             raise ValueError(f"balance_loss is {self.balance_loss}, but the router is frozen; set train_router too")
         if self.mtp_loss and self.method == "esft":
@@ -300,7 +317,7 @@ def build_parser(schema: type, prog: str = "") -> argparse.ArgumentParser:
             groups[section].add_argument(flag, action=argparse.BooleanOptionalAction, help=_help(f))
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[base]
-            nargs = {"nargs": "*"} if is_list else {}
+            nargs: dict[str, Any] = {"nargs": "*"} if is_list else {}
             groups[section].add_argument(flag, metavar=metavar, help=_help(f), **nargs)
     return parser
 
@@ -397,8 +414,8 @@ def _describe(f) -> str:
     return f"{kind} {' and '.join(bounds)}".strip()
 
 
-def _nearest(name: str, known) -> str:
-    """ ", did you mean X?" or nothing."""
+def _nearest(name: object, known) -> str:
+    """ ", did you mean X?" or nothing. A name from YAML may be a number."""
     found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 

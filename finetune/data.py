@@ -24,6 +24,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -112,7 +113,7 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
-                        yield f"{source}, line {number}", json.loads(line)
+                        yield f"{source}, line {number}", json.loads(line.rstrip(b"\r\n"))
                     except json.JSONDecodeError as error:  # its own line is that of the record, always 1
                         yield f"{source}, line {number}", ValueError(f"is no JSON: {error.msg}, column {error.colno}")
                     except ValueError as error:  # encoding errors are ValueErrors too
@@ -131,7 +132,7 @@ def _named_dataset(source: str) -> Iterator[tuple[str, object]]:
     name, *rest = source.split(":")
     config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
     try:
-        rows = load_dataset(name, config, split=split)
+        rows: Any = load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds, all of them mean the same here
         raise FileNotFoundError(
             f"{source!r} is no file, and `datasets` cannot load it either ({type(error).__name__}: "
@@ -420,7 +421,7 @@ def template_messages(example: dict, tokenizer: PreTrainedTokenizerBase) -> list
     return moved
 
 
-def template_arguments(example: dict) -> dict[str, bool]:
+def template_arguments(example: dict) -> dict[str, Any]:
     """What the template is told besides the messages: `thinking` where the last answer has reasoning, as V3.1's wants it."""
     thinks = example.get("thinking") or "reasoning_content" in example["messages"][-1]
     return {"thinking": True} if thinks else {}
@@ -435,7 +436,7 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(part)
 
 
-def _encode(example: dict, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False, **more) -> dict:
+def _encode(example: dict, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False, **more) -> Any:
     """`apply_chat_template` to a chat, in which no text becomes a control token.
 
     Only a template with a place for reasoning is protected: elsewhere `<think>` in an answer is the model's own.
@@ -522,7 +523,7 @@ def lost_text(messages: list[dict], tokenizer: PreTrainedTokenizerBase, **argume
         messages: a conversation, as the readers make it.
         arguments: what `apply_chat_template` is given besides.
     """
-    text = tokenizer.apply_chat_template(
+    text: Any = tokenizer.apply_chat_template(
         template_messages({"messages": messages}, tokenizer), tokenize=False, **arguments
     )
     position = 0
@@ -604,7 +605,7 @@ def prompt_ids(question: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _encode(question, tokenizer, add_generation_prompt=True)["input_ids"]
 
 
-def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pad rendered examples on the right -> input_ids, attention_mask, labels, each int64 [B, S]."""
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -625,12 +626,13 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def preview(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print a rendered example: green is what the loss counts, dim what it does not; special tokens are shown."""
-    text, part, counted = Text(), [], None
+    text, counted = Text(), None
+    part: list[Any] = []
     for token, label in [*zip(row["input_ids"], row["labels"], strict=True), (None, None)]:
         if (
             label != IGNORED_LABEL
         ) != counted or token is None:  # decode whole stretches: a character may be many tokens
-            text.append(tokenizer.decode(part), style="bold green" if counted else "dim")
+            text.append(str(tokenizer.decode(part)), style="bold green" if counted else "dim")
             part, counted = [], label != IGNORED_LABEL
         part.append(token)
     trained = sum(label != IGNORED_LABEL for label in row["labels"])

@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from common.command import check_early, run_command
 from common.extras import extra
@@ -43,17 +44,18 @@ check_early(__name__, lambda: build_parser().parse_args())
 with extra("train"):
     import torch
     import torch.nn.functional as F
-    from torch import nn
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from finetune.data import IGNORED_LABEL, collate, pad_token, prompt_ids, question_and_answer, read_examples, render
     from finetune.models import load_model, load_result
     from finetune.rewards import same_number
 
+CausalLM = Any  # transformers has no type for a model that generates, with PEFT's wrapper or without
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of one example."""
+    """A model's answer to one example, and how it compares."""
 
     example: dict
     text: str  # the greedy answer
@@ -73,7 +75,7 @@ class Score:
 
 @torch.no_grad()
 def answer_all(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[dict],
     max_new_tokens: int = 64,
@@ -121,7 +123,7 @@ def score(answers: list[Answer]) -> Score:
     return Score(loss, sum(answer.is_right for answer in answers) / len(answers), len(answers))
 
 
-def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[dict]) -> tuple[list, list]:
+def _losses(model: CausalLM, tokenizer: PreTrainedTokenizerBase, examples: list[dict]) -> tuple[list, list]:
     """-ln p of each example's counted tokens, and how many they are."""
     rows = [render(example, tokenizer) for example in examples]
     batch = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_token(tokenizer)).items()}
@@ -133,7 +135,7 @@ def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list
 
 @torch.no_grad()
 def greedy_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: list[dict], max_new_tokens: int
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[dict], max_new_tokens: int
 ) -> list[str]:
     """Answer questions (from `question_and_answer`) in one batch; white space around answers is cut."""
     prompts = [prompt_ids(question, tokenizer) for question in questions]
@@ -162,9 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_model_name(args.model)
         examples = read_examples(args.data)
-        model, tokenizer = load_model(args.model, args.dtype, trust_remote_code=args.trust_remote_code)
-        if args.adapter is not None:
-            model = load_result(model, args.adapter)
+        loaded, tokenizer = load_model(args.model, args.dtype, trust_remote_code=args.trust_remote_code)
+        model: CausalLM = loaded if args.adapter is None else load_result(loaded, args.adapter)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         answers = answer_all(model, tokenizer, examples, args.answer_tokens, args.answer_kind, args.batch_size)
         print(json.dumps(asdict(score(answers))))

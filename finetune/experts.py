@@ -17,9 +17,10 @@ Letters: N tokens, E experts, P experts a token.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,13 +55,15 @@ class Routing:
 def measure_routing(
     model: nn.Module, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 8
 ) -> dict[int, Routing]:
-    """Run rendered examples through the model and note where its routers send their tokens.
+    """Run rendered examples through the model and record where its routers send the tokens.
 
     Returns:
         Layer number -> routing; empty for a model without routed experts. Multi-token-prediction modules do not run.
     """
-    routers = {module.layer_idx: module for module in model.modules() if "expert_load" in vars(module)}
-    gate_sums, token_sums, real = {}, {}, None
+    routers: dict[Any, Any] = {module.layer_idx: module for module in model.modules() if "expert_load" in vars(module)}
+    gate_sums: dict[int, torch.Tensor] = {}
+    token_sums: dict[int, torch.Tensor] = {}
+    real: torch.Tensor | None = None
 
     def note(layer: int, num_experts: int):
         def hook(_module, _inputs, outputs):
@@ -116,7 +119,7 @@ def choose_experts(routing: dict[int, Routing], score: str, threshold: float) ->
 
 
 def describe_choice(chosen: dict[int, list[int]], routing: dict[int, Routing], score: str) -> str:
-    """A table of the chosen experts and of how concentrated each layer's routing is, for people."""
+    """A table of the chosen experts and of how concentrated each layer's routing is, to print."""
     lines = [f"{'layer':>5}  {'chosen':>6}  {'their share':>11}  {'busiest / mean':>14}  experts"]
     for layer, experts in chosen.items():
         share = float(getattr(routing[layer], score)[experts].sum())
@@ -137,7 +140,7 @@ class _SliceGradients(torch.autograd.Function):
         return stack.view_as(stack)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx, gradient: torch.Tensor):  # pyrefly: ignore[bad-override]  # as PyTorch documents it
         return None, None, *(gradient[expert].clone() for expert in ctx.experts)
 
 
@@ -183,7 +186,7 @@ def train_only_experts(model: nn.Module, chosen: dict[int, list[int]]) -> None:
 
 
 def finish_expert_training(model: nn.Module) -> None:
-    """Take the parametrisations off again: the stacks hold what was trained, and the model is a plain one."""
+    """Remove the parametrisations: the stacks hold the trained experts, and the model is a plain one again."""
     for experts in _expert_modules(model).values():
         for name in STACKS:
             if parametrize.is_parametrized(experts, name):
@@ -193,11 +196,12 @@ def finish_expert_training(model: nn.Module) -> None:
                 stack.requires_grad_(True)
 
 
-def _expert_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Layer number -> its stacked experts."""
+def _expert_modules(model: nn.Module) -> dict[int, Any]:
+    """Layer number -> its stacked experts, a module of the model's own code."""
+    modules: Iterable[Any] = model.modules()
     return {
         module.gate.layer_idx: module.experts
-        for module in model.modules()
+        for module in modules
         if hasattr(module, "experts") and hasattr(getattr(module, "gate", None), "layer_idx")
     }
 
@@ -268,8 +272,8 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
         place.copy_(tensor)
 
 
-def _place(experts: nn.Module | None, expert: int, part: str) -> torch.Tensor | None:
-    """The part of a stack that one weight of the checkpoint is."""
+def _place(experts: Any, expert: int, part: str) -> torch.Tensor | None:
+    """The part of a stack that holds one weight of the checkpoint."""
     if experts is None or expert >= experts.num_experts:
         return None
     name = "down_proj" if part == "down_proj" else "gate_up_proj"

@@ -1,4 +1,5 @@
-"""LoRA (arXiv:2106.09685) on DeepSeek models: named groups of targets instead of module names, and proof that they were hit.
+"""LoRA (arXiv:2106.09685) on DeepSeek models: named groups of targets instead of module names, and a check that all of
+them are adapted.
 
     attention   every projection of GQA, MLA or NSA
     shared      the shared experts' MLP
@@ -9,16 +10,17 @@
 The router is never adapted: a changed router sends tokens to experts that were not trained for them. The same holds for
 what chooses in sparse attention: DSA's indexer, NSA's compressors and branch gate. The multi-token-prediction modules,
 `layers[num_hidden_layers:]`, are left out unless asked for, since plain generation does not use them; their `eh_proj`,
-the embedding and the output head always are.
+the embedding and the output head are never adapted.
 
 PEFT matches names and says nothing when a name matches no module; `add_lora` counts what was really adapted.
 """
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -27,15 +29,14 @@ from torch import nn
 
 from common.command import no_command
 
-# Names inside a decoder layer. The routed experts are parameters, not modules, and need PEFT's `target_parameters`.
-_MODULES = {
-    "attention": r"self_attn\.(?:q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"
-    r"|(?:compress|select|window)_[kv]_proj)",
+# Names inside a decoder layer; those of the attention say its layers. The routed experts are parameters, not modules, and
+# need PEFT's `target_parameters`.
+_MLPS = {
     "shared": r"mlp\.shared_experts\.(?:gate_proj|up_proj|down_proj)",
     "dense": r"mlp\.(?:gate_proj|up_proj|down_proj)",
 }
 _PARAMETERS = {"routed": r"mlp\.experts\.(?:gate_up_proj|down_proj)"}
-GROUPS = (*_MODULES, *_PARAMETERS)
+GROUPS = ("attention", *_MLPS, *_PARAMETERS)
 TARGETS = (*GROUPS, "all")
 
 
@@ -87,12 +88,12 @@ def lora_config(
         raise ValueError(
             "dora is on, but PEFT has it for modules only, not for the routed experts; leave out 'routed'"
         )
-    module_patterns = [_MODULES[group] for group in groups if group in _MODULES]
+    module_patterns = [pattern for group, pattern in _modules(model).items() if group in groups]
     parameters = _names(model, ["routed"], include_mtp) if "routed" in groups else []
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyrefly: ignore[bad-argument-type]  # PEFT says int and takes floats
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
@@ -115,7 +116,9 @@ def add_lora(
     rslora: bool = False,
     dora: bool = False,
 ) -> PeftModel:
-    """Wrap `model` with new LoRA adapters, and check that each named group got all of its own. Arguments as `lora_config`.
+    """Wrap `model` with new LoRA adapters, and check that each named group is adapted completely.
+
+    Arguments as `lora_config`.
 
     Raises:
         ValueError: as `lora_config`, or a group's modules were not all adapted.
@@ -140,22 +143,23 @@ def check_adapters(peft_model: PeftModel, targets: Sequence[str] = ("all",), inc
 
 
 def whole_size(parameter: nn.Parameter) -> int:
-    """Numbers of a parameter, the same in all processes; of one that DeepSpeed's ZeRO-3 cut up, nothing is left here."""
+    """Elements of a whole parameter, the same in all processes; DeepSpeed's ZeRO-3 leaves an empty tensor of one here."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
-    """Count adapters by group, from the adapters' own names, so whatever made them.
+    """Count adapters by group, going by the adapters' own names, whatever made them.
 
     Adapters outside the four groups, for instance on the router, are reported as "other".
     """
+    modules = _modules(peft_model)
     adapted: dict[str, set[str]] = {}
     trainable: dict[str, int] = {}
     for name, parameter in peft_model.named_parameters():
         owner, *adapter = re.split(r"\.lora_(?:A|B|magnitude_vector)\.", name)
         if not adapter:
             continue
-        group = _group_of_adapter(owner)
+        group = _group_of_adapter(owner, modules)
         adapted.setdefault(group, set()).add(owner)
         trainable[group] = trainable.get(group, 0) + whole_size(parameter)
     return [
@@ -164,7 +168,7 @@ def adapted_groups(peft_model: nn.Module) -> list[AdaptedGroup]:
 
 
 def describe_adapters(peft_model: nn.Module) -> str:
-    """A table of what is adapted, for people."""
+    """A table of the adapted modules and parameters, to print."""
     rows = adapted_groups(peft_model)
     total = sum(row.trainable for row in rows)
     everything = sum(map(whole_size, peft_model.parameters()))
@@ -189,7 +193,7 @@ def _resolve_targets(model: nn.Module, targets: Sequence[str], include_mtp: bool
 
 
 def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
-    config = model.config
+    config: Any = model.config
     num_layers = config.num_hidden_layers
     if include_mtp:
         num_layers += getattr(config, "num_nextn_predict_layers", 0)
@@ -199,22 +203,29 @@ def _layer_pattern(model: nn.Module, include_mtp: bool) -> str:
 
 def _names(model: nn.Module, groups: Sequence[str], include_mtp: bool) -> list[str]:
     """Names of the modules (or parameters) of groups, in the model's order, with or without adapters on them."""
-    layer = _layer_pattern(model, include_mtp)
-    found = {group: [] for group in groups}
+    layer, patterns = _layer_pattern(model, include_mtp), _modules(model) | _PARAMETERS
+    found: dict[str, list[str]] = {group: [] for group in groups}
     for name, _ in (*model.named_modules(), *model.named_parameters()):
         # PEFT keeps what it wraps as `base_layer`
         plain = re.sub(r"\.base_layer\b", "", name)
         for group in groups:
-            if re.fullmatch(layer + {**_MODULES, **_PARAMETERS}[group], plain) and plain not in found[group]:
+            if re.fullmatch(layer + patterns[group], plain) and plain not in found[group]:
                 found[group].append(plain)
     return [name for names in found.values() for name in names]
 
 
-def _group_of_adapter(owner: str) -> str:
+def _modules(model: nn.Module) -> dict[str, str]:
+    """For each group of modules the pattern of its names inside a decoder layer."""
+    modules: Iterable[Any] = model.modules()
+    names = sorted({name for module in modules for name in getattr(module, "adapters", ())})
+    return {"attention": rf"self_attn\.(?:{'|'.join(names)})"} | _MLPS
+
+
+def _group_of_adapter(owner: str, modules: dict[str, str]) -> str:
     # PEFT wraps the experts once for each parameter, so that one wrapper is `experts` and the other `experts.base_layer`.
     if re.search(r"\.mlp\.experts(?:\.base_layer)*$", owner):
         return "routed"
-    return next((group for group in _MODULES if re.search(rf"layers\.\d+\.{_MODULES[group]}$", owner)), "other")
+    return next((group for group, name in modules.items() if re.search(rf"layers\.\d+\.{name}$", owner)), "other")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", trainable: bool = False) -> PeftModel:

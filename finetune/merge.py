@@ -16,7 +16,6 @@ from pathlib import Path
 
 from common.command import check_early, run_command
 from common.extras import extra
-from common.names import check_model_name
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,13 +31,12 @@ check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
-    from huggingface_hub import snapshot_download
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
     from safetensors import safe_open
 
     from common.card import model_name
-    from common.hub import check_hub
+    from common.hub import local_folder
     from common.loading import load_config, new_model
     from finetune.experts import ESFT_WEIGHTS, read_esft
     from finetune.lora import AdapterFiles, check_fits
@@ -187,13 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        source = Path(args.model)
-        if not source.is_dir():
-            refuse_existing(args.output)
-            check_model_name(args.model)
-            check_hub(args.model)
-            source = Path(snapshot_download(args.model))
-        merge(source, args.adapter, args.output)
+        refuse_existing(args.output)
+        merge(local_folder(args.model), args.adapter, args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
-"""Loading models for fine-tuning, and putting a method on them: LoRA, QLoRA, ESFT or full."""
+"""Loads models for fine-tuning and applies a method to them: LoRA, QLoRA, ESFT or full."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -36,7 +37,8 @@ def load_model(
         trust_remote_code: whether code of the checkpoint may run, instead of this repository's.
 
     Raises:
-        ValueError: the tokenizer has ids that the model's vocabulary lacks, or this machine cannot quantise so.
+        ValueError: the tokenizer has ids that the model's vocabulary lacks, or this machine lacks what the
+        quantisation needs.
         OSError: there is no such model.
     """
     if Path(model_dir).is_dir():
@@ -50,12 +52,13 @@ def load_model(
             f"the tokenizer of {model_dir} has {len(tokenizer)} tokens, but `vocab_size` is {config.vocab_size}; use the "
             "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and save"
         )
-    more = {} if attention is None else {"attn_implementation": attention}
+    more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantise != "none":
         more["quantization_config"] = quantisation_config(quantise)
         config.separate_experts = False  # LoRA's targets, ESFT and merging are for stacked ones
     model = loading.load_model(model_dir, trust_remote_code, config, dtype=dtype, **more)
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50: the first evaluation on a CPU would pack the weights for a product that has no gradient
             # (training would go on without a word) and that wants multiples of 32 as widths.
@@ -97,7 +100,7 @@ def quantisation_config(quantise: str):
 
 
 def load_result(model: PreTrainedModel, folder: str | Path) -> nn.Module:
-    """Put what a run with LoRA or ESFT wrote on its base model: the model with it, for use.
+    """Load the result of a LoRA or ESFT run onto its base model.
 
     Raises:
         FileNotFoundError, ValueError: there is nothing of the kind, or it is another model's.
@@ -115,7 +118,7 @@ def prepare(
     mtp: bool = False,
     own_losses: bool = False,
 ) -> tuple[LoraConfig | None, str]:
-    """Put the method on a loaded model, and say what will be trained.
+    """Apply the method to a loaded model, and describe what will be trained.
 
     Args:
         model: from `load_model`, on its device.
@@ -125,7 +128,7 @@ def prepare(
         own_losses: whether the trainer adds the model's own losses; without them nothing teaches DSA's indexer.
 
     Returns:
-        PEFT's configuration, for the trainer to apply (None for the other methods), and a table for people.
+        PEFT's configuration, for the trainer to apply (None for the other methods), and a table to print.
 
     Raises:
         ValueError: the model lacks what the options name.
@@ -144,7 +147,7 @@ def prepare(
 
 
 def _freeze_for_full(model: PreTrainedModel, train_router: bool, mtp: bool, indexer: bool) -> None:
-    """Everything is trained but the router, unless asked for, and what the loss does not reach."""
+    """Train everything but the router (unless asked for) and the parameters that the loss does not reach."""
     model.requires_grad_(True)
     first_mtp = model.config.num_hidden_layers
     for name, module in model.named_modules():

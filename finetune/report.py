@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -102,14 +103,14 @@ def draw_load(before: dict[int, Routing], after: dict[int, Routing]) -> bytes | 
         return None
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(before) + 2), sharey=True, layout="constrained")
     highest = max(float(routing.token.max()) for routings in (before, after) for routing in routings.values())
+    images = []
     for axis, title, routings in zip(axes, ("before", "after"), (before, after), strict=True):
-        image = axis.imshow(
-            [routing.token.tolist() for routing in routings.values()], aspect="auto", vmin=0, vmax=highest
-        )
+        shares = [routing.token.tolist() for routing in routings.values()]
+        images.append(axis.imshow(shares, aspect="auto", vmin=0, vmax=highest))
         axis.set_title(f"share of a layer's tokens, {title}")
         axis.set_xlabel("expert")
         axis.set_yticks(range(len(routings)), [f"layer {layer}" for layer in routings])
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(images[0], ax=axes)
     return _png(figure)
 
 
@@ -163,7 +164,10 @@ def write_card(report: Report, folder: Path) -> None:
     """
     options, name = report.options, _model_name(report)
     method = options["method"]
-    front = {"library_name": "transformers" if method == "full" else "peft", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {
+        "library_name": "transformers" if method == "full" else "peft",
+        "pipeline_tag": "text-generation",
+    }
     front |= {"tags": ["deepseek", "custom_code", *([] if method == "full" else [method])]}
     front |= {"base_model": name} if "/" in name else {}
     what = {"lora": "LoRA adapter for", "esft": "Experts (ESFT) for", "full": "Fine-tuned from"}[method]

@@ -37,7 +37,7 @@ from transformers import (
 from common.command import no_command
 from common.launch import join_processes
 from common.outputs import has_files, only_run_in
-from finetune.callbacks import LogOften, ProgressBar, RouterBiasCallback
+from finetune.callbacks import LogOften, ProgressBar, RouterBiasCallback, refuse_data_parallel
 from finetune.config import CommonOptions, read_options
 from finetune.data import pad_token, question_and_answer, read_examples, render_all, split_examples
 from finetune.experts import finish_expert_training, measure_routing
@@ -108,8 +108,9 @@ def _fine_tune(
         raise FileExistsError(
             f"output {output} is not empty; name another folder, remove it, or continue it with --resume"
         )
-    examples, held_out, task_examples = _read(options)
     arguments = _arguments(options, task)
+    refuse_data_parallel(arguments)
+    examples, held_out, task_examples = _read(options)
 
     set_seed(options.seed)
     model, tokenizer = load_model(
@@ -172,7 +173,8 @@ def _fine_tune(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     if trainer.is_fsdp_enabled:  # whatever form the checkpoints have, the result is whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        plugin: Any = trainer.accelerator.state.fsdp_plugin
+        plugin.set_state_dict_type("FULL_STATE_DICT")
     save_result(trainer, output / "final")
     if whole:
         report.routing_after = routing_on(held_out[:_ROUTING_ROWS])
@@ -206,6 +208,8 @@ def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] 
         print(f"result in {options.output}/final, report in {options.output}/report.html")
         if getattr(options, "method", "lora") == "full":
             print(f"next: python chat.py --model {options.output}/final")
+        elif getattr(options, "merge", False):
+            print(f"next: python chat.py --model {options.output}/merged")
         else:
             if options.method == "lora":
                 print(f"next: python chat.py --model {options.model} --adapter {options.output}/final, or")
@@ -410,7 +414,14 @@ def _check_resumable(output: Path, options: CommonOptions) -> Path | None:
     if not path.is_file():
         raise FileNotFoundError(f"--resume, but {output} holds no run ({path} does not exist)")
     began = yaml.safe_load(path.read_text(encoding="utf-8"))
-    free = ("resume", "keep_checkpoints", "preview", "track", "log_steps")  # change nothing in what is learned
+    free = (
+        "resume",
+        "keep_checkpoints",
+        "preview",
+        "track",
+        "log_steps",
+        "merge",
+    )  # change nothing in what is learned
     for name, value in asdict(options).items():
         if name not in free and began.get(name) != value:
             raise ValueError(

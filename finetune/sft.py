@@ -4,8 +4,12 @@
     python -m finetune.sft --config sft.yaml --learning-rate 1e-4
     accelerate launch --config_file configs/accelerate/fsdp2.yaml -m finetune.sft --config sft.yaml
 
-The loss is on the assistant's words only. `docs/finetuning.md` explains data formats, methods and the result.
+The loss is on the assistant's words only. With --teacher it is the divergence from another model's distribution
+(`finetune/distil.py`). `docs/finetuning.md` explains data formats, methods and the result.
 """
+
+from functools import partial
+from pathlib import Path
 
 from common.command import check_early, run_command
 from common.extras import extra
@@ -16,12 +20,15 @@ with extra("train"):
 check_early(__name__, lambda: read_options(SFTOptions, None, "python -m finetune.sft"))
 
 with extra("train"):
+    from accelerate import PartialState
     from datasets import Dataset
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
     from finetune.data import preview, render_all, warn_of_lost_text
+    from finetune.distil import DistillationTrainer, load_teacher
+    from finetune.merge import local_folder, merge
     from finetune.run import Task, command, fine_tune
     from finetune.trainers import DeepseekSFTTrainer
 
@@ -46,15 +53,20 @@ def run(options: SFTOptions, callbacks: tuple[TrainerCallback, ...] = (), consol
         return Dataset.from_list(rows)
 
     task = Task(
-        trainer_class=DeepseekSFTTrainer,
+        trainer_class=DistillationTrainer if options.teacher else DeepseekSFTTrainer,
         arguments_class=SFTConfig,
         arguments={"packing": options.packing, "max_length": options.max_tokens, "eval_packing": options.packing},
         dataset=dataset,
         mtp_loss=options.mtp_loss,
         balance_loss=options.balance_loss,
-        own_losses=True,
+        own_losses=options.teacher is None,
+        trainer_kwargs={"load_teacher": partial(load_teacher, options)} if options.teacher else {},
     )
-    return fine_tune(options, task, callbacks, console)
+    result = fine_tune(options, task, callbacks, console)
+    if options.merge and PartialState().is_main_process:
+        output = Path(options.output)
+        merge(local_folder(options.model), output / "final", output / "merged")
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:

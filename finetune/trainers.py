@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import DistributedType
@@ -29,10 +30,18 @@ from finetune.experts import load_esft, save_esft
 
 _STAGING = ".partial-checkpoint"
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Mixed  # what the mixin below finds behind it
+else:
+    _Mixed = object
 
-class DeepseekTrainerMixin:
+
+class DeepseekTrainerMixin(_Mixed):
     """What all three trainers share. Set `options` and `task_examples` after construction."""
 
+    args: Any  # with the model and the tokenizer, what transformers declares more widely than it is here
+    model: Any
+    processing_class: Any
     options: CommonOptions
     task_examples: list[dict] = []  # noqa: RUF012 - replaced, never changed
     _run_dir: str | None = None
@@ -100,7 +109,7 @@ class DeepseekTrainerMixin:
     def _load_best_model(self):
         if self.options.method != "esft":
             return super()._load_best_model()
-        return load_esft(self.model, self.state.best_model_checkpoint)
+        return load_esft(self.model, str(self.state.best_model_checkpoint))
 
     def take_if_finished(self, checkpoint: Path) -> bool:
         """Whether `checkpoint` is that of the run's last step, after which only the result was not written; if so, take its
@@ -127,7 +136,7 @@ class DeepseekTrainerMixin:
 
     def evaluation_loop(self, *args, **kwargs):
         """Adds the perplexity and, where there are task examples, the accuracy of generated answers."""
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         loss = output.metrics.get(f"{prefix}_loss")
         if loss is not None and isinstance(self, SFTTrainer):
@@ -141,7 +150,9 @@ class DeepseekTrainerMixin:
         was_training = self.model.training
         # Sharded models need every process in every forward, so there each makes all answers.
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        share = contextlib.nullcontext(examples) if sharded else self.accelerator.split_between_processes(examples)
+        share: Any = (
+            contextlib.nullcontext(examples) if sharded else self.accelerator.split_between_processes(examples)
+        )
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, share as part:
             model.eval()
             answers = answer_all(

@@ -355,7 +355,7 @@ class PretrainingData:
         folder: folder with `index.json`.
         row_tokens: S, tokens in a training row.
         batch_rows: B, rows in a batch over all processes and accumulation steps.
-        mix: share of rows by language; normalised; a language left out is not trained on. None: all alike.
+        mix: share of rows by language; normalised; a language left out is not trained on. None: equal shares.
         seed: seed of the orders.
 
     Raises:

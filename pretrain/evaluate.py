@@ -191,9 +191,14 @@ def index_recall(
         def keep_largest(_module, _inputs, output):
             true[i] = output[1].float().sum(dim=1).topk(min(topk, length), dim=-1).indices
 
-        indexer = layer.self_attn.indexer
-        keep_states = indexer.register_forward_hook(lambda _module, _inputs, output: states.update({i: output}))
-        return [keep_states, layer.self_attn.register_forward_hook(keep_largest)]
+        def keep_states(attention, arguments, kwargs):  # dense attention has no need of its indexer
+            (hidden_states,) = arguments
+            query_latent = attention.query_latent(hidden_states)
+            states[i] = attention.indexer(hidden_states, query_latent, kwargs["position_embeddings"])
+
+        attention = layer.self_attn
+        before = attention.register_forward_pre_hook(keep_states, with_kwargs=True)
+        return [before, attention.register_forward_hook(keep_largest)]
 
     hooks = [hook for i, layer in enumerate(layers) for hook in watch(layer, i)]
     was_training, implementation = model.training, model.config._attn_implementation

@@ -3,9 +3,9 @@
     python -m pretrain.train --model . --data runs/data --run-dir runs/base --steps 3000 \\
         --tokenizer runs/tokenizer --export-dir runs/model
 
-Continue a stopped run by the same command with `--resume`: data order, optimizer, schedule and random state go on as if
-it had never stopped. `--resume` with `--steps` no greater than the steps done exports what there is. Several processes:
-`accelerate launch --config_file configs/accelerate/fsdp2.yaml --module pretrain.train ...`.
+To continue a stopped run, give the same command with `--resume`: data order, optimizer, schedule and random state
+continue as if it had never stopped. `--resume` with `--steps` no greater than the steps done only exports the model.
+Several processes: `accelerate launch --config_file configs/accelerate/fsdp2.yaml --module pretrain.train ...`.
 
 Recipe: AdamW or Muon (optimizers.py) with weight decay on matrices only; warm-up, constant rate, decay (or cosine); clipped
 gradients; DeepSeek-V3's auxiliary-loss-free load balancing (arXiv:2412.19437, section 2.1.2), the model's
@@ -134,8 +134,8 @@ with extra("train"):
     from pretrain.report import write_report
 
 LOSS_PARTS = ("loss", "lm_loss", "mtp_loss", "aux_loss", "index_loss")
-SIZES = "sizes.json"  # in a checkpoint, of its files
-SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 8, 40  # of a held-out text, and what the model goes on with
+SIZES = "sizes.json"  # in a checkpoint, the sizes of its files
+SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 8, 40  # tokens of a held-out text, and of the model's continuation
 RECALL_WINDOWS = 2  # held-out windows a language on which the indexer's recall is measured; they hold dense attention
 
 
@@ -177,7 +177,7 @@ def choose_precision(choice: str) -> str:
 
 
 def build_model(model_dir: Path, vocab_size: int, start: str = "random") -> PreTrainedModel:
-    """Build an fp32 model from the configuration in `model_dir`, with random weights or those that lie there.
+    """Build an fp32 model from the configuration in `model_dir`, with random weights or those in the folder.
 
     Raises:
         ValueError: the configuration's vocabulary is smaller than the data's.
@@ -198,8 +198,8 @@ def set_dsa_stage(model: PreTrainedModel, stage: str, row_tokens: int) -> None:
     """Prepare a model with a lightning indexer for a stage of DeepSeek-V3.2's training (arXiv:2512.02556).
 
     "warmup": attention is dense and only the indexer learns, from KL(attention summed over the heads || index scores).
-    "sparse": attention reads what the indexer selects; the indexer learns from the same over the selected tokens, all else
-    from the language-model loss. The indexer's input is detached in both.
+    "sparse": attention reads what the indexer selects; the indexer learns from the same KL over the selected tokens, and
+    all else learns from the language-model loss. The indexer's input is detached in both.
 
     Raises:
         ValueError: the model has no indexer, its loss is off, or the rows are too short to select from.
@@ -286,7 +286,7 @@ class IntervalMeans:
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def pop(self) -> dict[str, float]:
-        """The means, and start again."""
+        """Return the means and start again."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self.__init__()
         return means

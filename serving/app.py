@@ -1,4 +1,5 @@
-"""The web application: OpenAI's chat completions, completions and models, `/health`, `/metrics` and a chat page at `/`.
+"""The web application: OpenAI's chat completions, completions and models, `/load_model` as `transformers chat` asks it,
+`/health`, `/metrics` and a chat page at `/`.
 
 service = Service("deepseek")
 app = service.app()          # answers 503 "loading" until
@@ -39,6 +40,7 @@ from serving.protocol import (
     list_prompts,
     plain_messages,
     sampling_of,
+    spell_out,
     stops_of,
     wants_thinking,
 )
@@ -88,12 +90,14 @@ class Service:
         tokenizer: PreTrainedTokenizerBase,
         continuous_batching: ContinuousBatchingConfig | None = None,
         kept_caches: int = 4,
+        lone_too: bool = False,
     ) -> None:
         """Serve this model from now on.
 
         Args:
             continuous_batching: settings of its paged cache; None answers one request after the other.
             kept_caches: caches of earlier chats that are kept, of requests that are answered one after the other.
+            lone_too: whether a request that comes alone is batched as well, with those that come after it.
 
         Raises:
             ValueError: the model's own settings cannot be kept.
@@ -104,11 +108,11 @@ class Service:
         self.vocab_size = model.config.get_text_config().vocab_size
         self.end_ids = end_ids(model)
         self.grammars = _grammars(tokenizer, self.vocab_size, self.end_ids)
-        check_settings(model.generation_config)
+        check_settings(model)
         if continuous_batching is None:
             self.engine = Engine(model, kept_caches, self.grammars)
         else:
-            self.engine = BothEngines(model, continuous_batching, kept_caches, self.grammars)
+            self.engine = BothEngines(model, continuous_batching, lone_too, kept_caches, self.grammars)
 
     @property
     def context(self) -> int:
@@ -132,6 +136,7 @@ class Service:
             Route("/", self._page),
             Route("/v1/chat/completions", self._answering(self._chat), methods=["POST"]),
             Route("/v1/completions", self._answering(self._completion), methods=["POST"]),
+            Route("/load_model", self._answering(self._load_model, before_loading=True), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._one_model),
             Route("/health", self._health),
@@ -174,11 +179,26 @@ class Service:
         running, waiting = self.engine.load() if self.engine is not None else (0, 0)
         return PlainTextResponse(self.metrics.text(running, waiting), media_type="text/plain; version=0.0.4")
 
-    def _answering(self, handler: Callable) -> Callable:
+    async def _load_model(self, body: object, request: Request) -> Response:
+        """What `transformers chat` asks first. Nothing is loaded: the answer comes when the model is there."""
+        name = check_request(body, {"model": CHAT_FIELDS["model"]}, "model")["model"]
+        self._check_name(name)
+
+        async def events() -> AsyncIterator[str]:
+            is_there = self.engine is not None
+            if not is_there:
+                yield _event({"status": "loading", "model": name, "stage": "weights"})
+            while self.engine is None:
+                await asyncio.sleep(0.1)
+            yield _event({"status": "ready", "model": name, "cached": is_there})
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    def _answering(self, handler: Callable, before_loading: bool = False) -> Callable:
         async def answer(request: Request) -> Response:
             try:
                 body = await asyncio.wait_for(_read_json(request), BODY_SECONDS)
-                if self.engine is None:
+                if self.engine is None and not before_loading:
                     raise EngineFailed("the model is being loaded; try again later")
                 return await handler(body, request)
             except (asyncio.TimeoutError, TimeoutError):  # until Python 3.11 two different ones
@@ -195,6 +215,8 @@ class Service:
     async def _chat(self, body: object, request: Request) -> Response:
         body = check_request(body, CHAT_FIELDS, "messages")
         self._check_name(body.get("model", self.name))
+        if "generation_config" in body:
+            body = spell_out(body, self.model.generation_config.temperature or 1.0, self.end_ids)
         continued = is_continued(body)
         calls_allowed = body.get("tool_choice", "auto") != "none"
         ids = await self._encode(
@@ -333,14 +355,7 @@ class Answer:
             "model": service.name,
         }
         self._choices: list[Choice] = [choice for choice, _, _ in planned]
-        self._generations: list[Generation] = []
-        try:
-            for _, ids, sampling in planned:
-                self._generations.append(service.engine.submit(ids, sampling))
-        except EngineFailed:
-            for generation in self._generations:
-                generation.cancel()
-            raise
+        self._generations: list[Generation] = service.engine.submit([(ids, sampling) for _, ids, sampling in planned])
         # Of several choices for one prompt, the prompt counts once.
         prompts = {id(ids): (len(ids), choice) for choice, ids, _ in reversed(planned)}
         self._prompts = list(prompts.values())
@@ -588,7 +603,7 @@ class Guard:
         log.info("%s %s %d%s %.2f s", scope["method"], path, status, tokens, seconds)
 
 
-_PATHS = ("/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+_PATHS = ("/", "/load_model", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 
 def _host_name(host: str) -> str:

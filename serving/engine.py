@@ -1,8 +1,9 @@
 """Writes answers token by token: one after the other by `generate`, or together by transformers' continuous batching.
 
-Both engines take the ids of a prompt and a `Sampling`, and give a `Generation`, over which one iterates for a
-`PromptRead` and then `Token`s. They stand on public methods of transformers: `generate` with a streamer, a logits
-processor and a stopping criterion, and the manager of `init_continuous_batching`.
+All engines take the answers that one request asks for, each as the ids of its prompt and a `Sampling`, and give a
+`Generation` for each, over which one iterates for a `PromptRead` and then `Token`s. They stand on public methods of
+transformers: `generate` with a streamer, a logits processor and a stopping criterion, and the manager of
+`init_continuous_batching`.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import copy
 import queue
 import secrets
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -35,7 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 from serving.protocol import Sampling
 
 PREFILL_TOKENS = 512  # of a prompt read at a time, so that its logits need bounded memory and it can be stopped
-MAX_WAITING = 1000
+MAX_OPEN = 1000  # answers of an engine that are being written or wait
 STOP_SECONDS = 5
 
 
@@ -63,6 +65,9 @@ class Token(NamedTuple):
 
 class EngineFailed(RuntimeError):
     """The engine takes no more requests."""
+
+
+Planned = list[tuple[list[int], Sampling]]  # the answers of one request: the prompt's ids, and how each is written
 
 
 class Generation:
@@ -106,6 +111,11 @@ def end_ids(model: PreTrainedModel) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
+def _check_room(open_answers: int, more: int) -> None:
+    if open_answers + more > MAX_OPEN:
+        raise EngineFailed(f"{open_answers} answers are being written or wait already; try again later")
+
+
 # ---------------------------------------------------------------- one after the other
 
 
@@ -123,28 +133,34 @@ class Engine:
         self._grammars = grammars
         self._caches = KeptCaches(model.config.get_text_config(), kept_caches)
         self._jobs: queue.Queue[Generation | None] = queue.Queue()
-        self._current: Generation | None = None
+        self._open: set[Generation] = set()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="generate")
         self._thread.start()
 
-    def submit(self, ids: list[int], sampling: Sampling) -> Generation:
-        """Begin an answer.
+    def submit(self, planned: Planned) -> list[Generation]:
+        """Begin the answers of a request.
 
         Raises:
             EngineFailed: too many requests wait, or the server is stopping.
         """
         if self._stopping:
             raise EngineFailed("the server is stopping")
-        if self._jobs.qsize() >= MAX_WAITING:
-            raise EngineFailed(f"{MAX_WAITING} requests wait already; try again later")
-        generation = Generation(ids, sampling)
-        self._jobs.put(generation)
-        return generation
+        _check_room(len(self._open), len(planned))
+        generations = [Generation(ids, sampling) for ids, sampling in planned]
+        for generation in generations:
+            self._open.add(generation)
+            self._jobs.put(generation)
+        return generations
 
     def load(self) -> tuple[int, int]:
         """How many answers are being written, and how many wait."""
-        return int(self._current is not None), self._jobs.qsize()
+        wanted = sum(not generation.cancelled.is_set() for generation in tuple(self._open))
+        return min(wanted, 1), max(wanted - 1, 0)
+
+    def is_idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return not any(self.load())
 
     def is_alive(self) -> bool:
         """Whether it can answer."""
@@ -153,26 +169,22 @@ class Engine:
     def stop(self) -> None:
         """End all answers and the thread."""
         self._stopping = True
-        waiting = [self._current] if self._current else []
-        while not self._jobs.empty():
-            waiting.append(self._jobs.get_nowait())
+        for generation in tuple(self._open):
+            generation.cancel()
+            generation.put(EngineFailed("the server is stopping"))
         self._jobs.put(None)
-        for generation in waiting:
-            if generation is not None:
-                generation.cancel()
-                generation.put(EngineFailed("the server is stopping"))
         self._thread.join(STOP_SECONDS)
 
     def _work(self) -> None:
         while (generation := self._jobs.get()) is not None:
-            self._current = generation
+            end = None
             if not generation.cancelled.is_set():
                 try:
                     self._write(generation)
-                    generation.put(None)
                 except BaseException as error:
-                    generation.put(error)
-            self._current = None
+                    end = error
+            self._open.discard(generation)  # first, so that who has read the answer finds the engine idle
+            generation.put(end)
 
     @torch.inference_mode()
     def _write(self, generation: Generation) -> None:
@@ -226,8 +238,13 @@ class Engine:
 _UNKNOWN_SAMPLING = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
 
 
-def check_settings(settings: GenerationConfig) -> None:
-    """Raise ValueError if a model's own settings cannot be kept."""
+def check_settings(model: PreTrainedModel) -> None:
+    """Raise ValueError if a model's own settings, or its adapter, cannot be kept."""
+    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            "the adapter is a learned prompt, which is not read by parts as here; merge one of another kind"
+        )
+    settings = model.generation_config
     for name, nothing in _UNKNOWN_SAMPLING.items():
         if getattr(settings, name, None) not in (None, nothing):
             raise ValueError(
@@ -418,7 +435,7 @@ class BatchingEngine:
     Of a request's settings it knows the temperature, `top_p` and `top_k`; of equally likely tokens any may be taken.
 
     Args:
-        model: with full attention in all layers.
+        model: with full attention in all layers, on one device.
         paging: settings of the paged cache.
 
     Raises:
@@ -426,19 +443,35 @@ class BatchingEngine:
     """
 
     def __init__(self, model: PreTrainedModel, paging: ContinuousBatchingConfig):
-        self._model = model
-        self._paging = paging
-        self._paging.per_request_processors = True
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(places) > 1:
+            raise ValueError(f"the model lies on several devices ({', '.join(sorted(places))}); batches need one")
+        paging.per_request_processors = True
         # A graph must not be recorded while another thread, that of `Engine`, uses the GPU.
-        self._paging.use_cuda_graph = False
+        paging.use_cuda_graph = False
+        self._model = model
         self._manager = model.init_continuous_batching(
             generation_config=self._settings(), continuous_batching_config=paging
         )
+        self._paging = self._manager.continuous_batching_config
         self._is_started = False
         self._open: dict[str, Generation] = {}
+        if self._paging.num_blocks is None:  # how many fit into the memory is known once they lie there
+            self._start()
+            while self._paging.num_blocks is None and self._manager.is_running():
+                time.sleep(0.01)
+            if self._paging.num_blocks is None:
+                raise ValueError("the memory has no room for a paged cache; --cache-blocks makes a smaller one")
 
-    def takes(self, sampling: Sampling) -> bool:
-        """Whether all that the request asks for can be done together with others."""
+    def takes(self, planned: Planned) -> bool:
+        """Whether all that a request asks for can be done together with others."""
+        return all(self._knows(sampling) and self._has_room(ids, sampling) for ids, sampling in planned)
+
+    def _has_room(self, ids: list[int], sampling: Sampling) -> bool:
+        """Whether the cache holds the answer at its longest; one that outgrows it would end them all."""
+        return len(ids) + sampling.max_tokens <= self._paging.num_blocks * self._paging.page_size
+
+    def _knows(self, sampling: Sampling) -> bool:
         sampling = filled(sampling, self._model.generation_config)
         if not sampling.temperature:
             sampling = replace(sampling, seed=None)
@@ -452,17 +485,24 @@ class BatchingEngine:
         )
         return sampling == known and sampling.max_tokens > 0
 
-    def submit(self, ids: list[int], sampling: Sampling) -> Generation:
-        """Begin an answer.
+    def submit(self, planned: Planned) -> list[Generation]:
+        """Begin the answers of a request.
 
         Raises:
-            EngineFailed: the thread that writes has died.
+            EngineFailed: too many requests wait, or the thread that writes has died.
         """
         if not self._is_started:
-            self._manager.start()
-            self._is_started = True
+            self._start()
         if not self.is_alive():
             raise EngineFailed("continuous batching has failed; start the server again")
+        _check_room(len(self._open), len(planned))
+        return [self._begin(ids, sampling) for ids, sampling in planned]
+
+    def _start(self) -> None:
+        self._manager.start()
+        self._is_started = True
+
+    def _begin(self, ids: list[int], sampling: Sampling) -> Generation:
         request_id, written = uuid.uuid4().hex, 0
 
         def cancel():
@@ -486,7 +526,7 @@ class BatchingEngine:
         self._open[request_id] = generation
         generation.put(PromptRead(0, None))
         self._manager.register_result_handler(request_id, take)
-        self._manager.add_request(
+        added = self._manager.add_request(
             ids,
             request_id=request_id,
             streaming=True,
@@ -494,6 +534,8 @@ class BatchingEngine:
             eos_token_id=end_ids(self._model) or -1,
             **self._of_request(sampling),
         )
+        if added is None:  # it is stopping; nobody would end the answer
+            generation.put(EngineFailed("continuous batching has ended; start the server again"))
         return generation
 
     def _settings(self) -> GenerationConfig:
@@ -532,24 +574,35 @@ class BatchingEngine:
 
 
 class BothEngines:
-    """Answers requests together where that can be done, and the others one after the other beside them.
+    """Answers requests that come together in shared forward passes, and the others one after the other.
+
+    A request that comes while no other is answered is written by `Engine`: `generate` is faster for one, and the chat's
+    cache is kept for its next turn. So is what `BatchingEngine` does not take, beside the batch.
 
     Args:
         model, paging: as in `BatchingEngine`.
+        lone_too: whether a request that comes alone is answered by `BatchingEngine` as well.
         more: further arguments of `Engine`.
     """
 
-    def __init__(self, model: PreTrainedModel, paging: ContinuousBatchingConfig, *more):
+    def __init__(self, model: PreTrainedModel, paging: ContinuousBatchingConfig, lone_too: bool, *more):
         self._together = BatchingEngine(model, paging)
         self._alone = Engine(twin(model), *more)
+        self._lone_too = lone_too
 
-    def submit(self, ids: list[int], sampling: Sampling) -> Generation:
-        """Begin an answer.
+    def submit(self, planned: Planned) -> list[Generation]:
+        """Begin the answers of a request.
 
         Raises:
             EngineFailed: as the engines do.
         """
-        return (self._together if self._together.takes(sampling) else self._alone).submit(ids, sampling)
+        is_lone = len(planned) == 1 and self.is_idle() and not self._lone_too
+        batched = not is_lone and self._together.takes(planned)
+        return (self._together if batched else self._alone).submit(planned)
+
+    def is_idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return not any(self.load())
 
     def load(self) -> tuple[int, int]:
         """How many answers are being written, and how many wait."""

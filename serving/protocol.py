@@ -4,6 +4,7 @@ Every field has a check. A field whose value asks for what is done anyway is acc
 done is refused by name. So nothing that a client asks for is ignored without a word.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,6 +151,33 @@ def _is_format(value: object) -> bool:
     return isinstance(value, dict) and value.get("type") in ("text", "json_object", "json_schema")
 
 
+# Of transformers' GenerationConfig, as `transformers chat` sends one -> the protocol's name; None has none.
+GENERATION_FIELDS = {
+    "max_new_tokens": "max_tokens",
+    "do_sample": None,
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "transformers_version": None,
+}
+
+
+def _settings_in(text: object) -> dict | None:
+    """The settings of a `generation_config` that are not null; None if it is malformed."""
+    try:
+        settings = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(settings, dict) or not set(settings) <= set(GENERATION_FIELDS):
+        return None
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 _TOKENS = _whole(1, 2**31 - 1)
 # Field -> what it must be, and how that is said. Fields not named here are refused, so that none is ignored unnoticed.
 _COMMON_FIELDS: dict[str, tuple[Callable, str]] = {
@@ -209,6 +237,10 @@ CHAT_FIELDS = _COMMON_FIELDS | {
     ),
     "service_tier": _one_of("auto", "default"),
     "verbosity": _one_of("medium"),
+    "generation_config": (
+        lambda value: _settings_in(value) is not None,
+        f"a JSON text of a table with {', '.join(GENERATION_FIELDS)}",
+    ),
     "prompt_cache_key": (_is_string, "a text; nothing is done with it"),
     "safety_identifier": (_is_string, "a text; nothing is done with it"),
 }
@@ -249,6 +281,35 @@ def check_request(body: object, fields: dict, required: str) -> dict:
     if body.get("max_tokens") == 0 and not body.get("echo"):
         raise RequestError("`max_tokens` of 0 needs `echo`: true, since nothing else is told", "max_tokens")
     return body
+
+
+def spell_out(body: dict, temperature: float, end_ids: list[int]) -> dict:
+    """A checked request with the settings of its `generation_config` as fields; what it says itself goes first.
+
+    Args:
+        temperature: of `do_sample`: true where no temperature is given.
+        end_ids: tokens that end an answer.
+
+    Raises:
+        RequestError: a setting has another value than it may.
+    """
+    settings = _settings_in(body["generation_config"]) or {}
+    samples = settings.get("do_sample", True)
+    if not _is_bool(samples):
+        raise RequestError("`generation_config` has a do_sample that is not true or false", "generation_config")
+    ends = settings.get("eos_token_id", end_ids)
+    if sorted(map(str, ends if isinstance(ends, list) else [ends])) != sorted(map(str, end_ids)):
+        raise RequestError(
+            f"`generation_config` has another eos_token_id than the model, whose is {end_ids}", "generation_config"
+        )
+    fields = {name: settings[key] for key, name in GENERATION_FIELDS.items() if name and key in settings}
+    if "do_sample" in settings:
+        fields["temperature"] = fields.get("temperature", temperature) if samples else 0
+    check_request({"messages": body["messages"]} | fields, CHAT_FIELDS, "messages")  # those too that give way
+    own = {name: value for name, value in body.items() if name != "generation_config"}
+    if "max_completion_tokens" in own:
+        fields.pop("max_tokens", None)
+    return fields | own
 
 
 def _shown(value: object) -> str:

@@ -48,7 +48,7 @@ class SlowModel:
 
     def layer(self, i: int, states: torch.Tensor, positions) -> torch.Tensor:
         name = f"model.layers.{i}"
-        attend = {"mla": self.mla, "gqa": self.gqa, "nsa": self.nsa}[self.config.attention_kind]
+        attend = {"mla": self.mla, "dsa": self.mla, "gqa": self.gqa, "nsa": self.nsa}[self.config.attention_kind]
         states = states + attend(f"{name}.self_attn", self.norm(f"{name}.input_layernorm", states), positions)
         normed = self.norm(f"{name}.post_attention_layernorm", states)
         is_sparse = f"{name}.mlp.gate.weight" in self.weights

@@ -62,6 +62,17 @@ def test_a_launcher_that_asks_for_the_same_or_nothing(monkeypatch):
     assert join_processes(accumulation_steps=4, precision="bf16").num_processes == 1
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name.startswith("finetune")])
+def test_one_process_on_several_gpus_is_refused(tmp_path, monkeypatch, capsys, command):
+    """transformers' Trainer would copy the model for each pass, and the copies' loads of experts would be lost."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert MAINS[command]([*COMMANDS[command], str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2" in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["pretrain.train", "finetune.sft"])
 def test_launched_without_accelerators(tmp_path, command):
     """The shipped FSDP2 configuration where there is nothing to shard over."""

@@ -27,7 +27,7 @@ import serve
 import serving.app
 from common.loading import load
 from serving.app import Service
-from serving.engine import BatchingEngine, Engine, KeptCaches, twin
+from serving.engine import BatchingEngine, BothEngines, Engine, KeptCaches, PromptRead, twin
 from serving.protocol import CHAT_FIELDS, Sampling
 from serving.texts import StopFinder
 from tokenization.answers import TokenStream
@@ -48,15 +48,18 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(add_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def _start(tokenizer, continuous_batching=None, service=None, **overrides):
-    """A server in this process -> (model, client, function that stops it)."""
+def _start(tokenizer, continuous_batching=None, service=None, lone_too=True, **overrides):
+    """A server in this process -> (model, client, function that stops it).
+
+    If it batches, `model` is what writes the batches, and what is answered alone is written by its twin.
+    """
     service = service or Service()
     model = make_model("v3", vocab_size=VOCAB_SIZE, **overrides)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.do_sample = False
     port = free_port()
-    service.attach(model, tokenizer, continuous_batching)
+    service.attach(model, tokenizer, continuous_batching, lone_too=lone_too)
     server = uvicorn.Server(
         uvicorn.Config(service.app(), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=2)
     )
@@ -82,8 +85,18 @@ def served(tokenizer):
 
 @pytest.fixture(scope="module")
 def batching(tokenizer):
+    """A server that batches also what comes alone."""
     paging = ContinuousBatchingConfig(page_size=8, num_blocks=128, max_batch_tokens=64)
     model, client, stop = _start(tokenizer, paging)
+    yield model, client
+    stop()
+
+
+@pytest.fixture(scope="module")
+def default(tokenizer):
+    """A server that batches what comes together."""
+    paging = ContinuousBatchingConfig(page_size=8, num_blocks=128, max_batch_tokens=64)
+    model, client, stop = _start(tokenizer, paging, lone_too=False)
     yield model, client
     stop()
 
@@ -190,6 +203,172 @@ def test_a_model_that_cannot_batch_is_refused_before_the_first_request(family, t
         Service().attach(model, tokenizer, ContinuousBatchingConfig())
 
 
+def counted(model):
+    """A list that grows with each forward pass of the model, and what ends that."""
+    steps = []
+    return steps, model.register_forward_hook(lambda module, args, output: steps.append(1))
+
+
+def test_what_comes_alone_is_answered_alone_with_the_cache_of_its_chat(default):
+    model, client = default
+    steps, handle = counted(model)
+    try:
+        chat = [{"role": "user", "content": "one two three four five six"}]
+        for turn, stream in enumerate((False, True, False)):  # each as soon as the one before has been read
+            options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+            answer = client.chat.completions.create(model="deepseek", messages=chat, max_tokens=4, **options)
+            usage = list(answer)[-1].usage if stream else answer.usage
+            assert (usage.prompt_tokens_details.cached_tokens > 0) == (turn > 0)
+            chat += [{"role": "assistant", "content": "seven"}, {"role": "user", "content": "and eight?"}]
+        with ask(client, chat[-1]["content"], stream=True, max_tokens=200, temperature=1.0) as left:
+            next(iter(left))
+        ask(client, "Hello")  # after one that was abandoned
+        assert not steps
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_comes_together_shares_forward_passes(default, tokenizer, stream):
+    model, client = default
+    texts = [f"Hello {i}" for i in range(8)]
+    expected = [expected_answer(model, tokenizer, text, 30) for text in texts]
+    fields = {"max_tokens": 30, "temperature": 0.0, "top_p": 0.9, "stop": ["no such text"]}
+    steps, handle = counted(model)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            function = streamed if stream else lambda *args, **more: written(ask(*args, **more))
+            assert list(pool.map(lambda text: function(client, text, **fields), texts)) == expected
+        together = len(steps)
+        several = ask(client, "Hello", n=4, **fields).choices
+        assert len({choice.message.content for choice in several}) == 1
+    finally:
+        handle.remove()
+    assert 30 <= together < 7 * 30
+    assert 30 <= len(steps) - together < 2 * 30, "several answers of one request are a batch"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_abandoned_request_of_a_batch_stops(default, stream):
+    model, client = default
+    fields = {"temperature": 1.0, "max_tokens": 220}
+    steps, handle = counted(model)
+    try:
+        with ask(client, "Hello", stream=True, max_tokens=220, logit_bias=NO_END) as first:
+            next(iter(first))  # the others are a batch
+            body = json.dumps({"messages": [USER], "stream": stream, **fields}).encode()
+            connection = connect(client, http(content=body))
+            while not steps:
+                time.sleep(0.01)
+            connection.close()
+            ask(client, "Hello", **fields | {"max_tokens": 5})
+        seen = len(steps)
+        time.sleep(0.2)
+        assert len(steps) - seen <= 2
+        assert seen < 150
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_what_outgrows_the_paged_cache_is_answered_alone(tokenizer, room):
+    """In a batch it would end all answers."""
+    model = make_model("v3")
+    model.generation_config.eos_token_id = None
+    paging = ContinuousBatchingConfig(page_size=8, num_blocks=8, max_batch_tokens=32)
+    prompt, longest = list(range(3, 43)), 8 * 8 - 40 + room
+
+    async def answers():
+        engine = BothEngines(model, paging, True)
+        steps, handle = counted(model)
+        (one,) = engine.submit([(prompt, Sampling(longest, temperature=0.0))])
+        ids = [event.id async for event in one if not isinstance(event, PromptRead)]
+        handle.remove()
+        assert bool(steps) == (room == 0)
+        (other,) = engine.submit([(prompt[:9], Sampling(4, temperature=0.0))])
+        assert len([event async for event in other]) == 5
+        engine.stop()
+        return ids
+
+    ids = asyncio.run(answers())
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=longest, pad_token_id=0)
+    assert ids == expected[0, 40:].tolist()
+
+
+def test_a_paged_cache_of_a_share_of_the_memory_knows_its_size():
+    paging = {"page_size": 8, "max_batch_tokens": 64}
+    engine = BatchingEngine(make_model("v3"), ContinuousBatchingConfig(**paging, max_memory_percent=1e-3))
+    assert engine.takes([([1, 2, 3], Sampling(5))])
+    assert not engine.takes([([1, 2, 3], Sampling(10**9))])
+    engine.stop()
+    with pytest.raises(ValueError, match="--cache-blocks"):
+        BatchingEngine(make_model("v3"), ContinuousBatchingConfig(**paging, max_memory_percent=1e-9))
+
+
+def test_a_model_on_several_devices_is_not_batched():
+    model = make_model("v3")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(ValueError, match=r"several devices \(0, 1\)"):
+        BatchingEngine(model, ContinuousBatchingConfig())
+
+
+def test_a_learned_prompt_is_refused(tokenizer):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = make_model("v3", vocab_size=VOCAB_SIZE)
+    adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="learned prompt"):
+        Service().attach(adapted, tokenizer)
+
+
+def test_a_full_queue_is_said(served, batching, monkeypatch):
+    monkeypatch.setattr("serving.engine.MAX_OPEN", 2)
+    for _, client in (served, batching):
+        with pytest.raises(openai.InternalServerError, match="try again later"):
+            ask(client, "Hello", n=3)
+        assert len(ask(client, "Hello", n=2).choices) == 2
+
+
+def options(*given):
+    return serve.parse_arguments(list(given))
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "how"),
+    [
+        ("v3", [], "those that come together share"),
+        ("v3", ["--continuous-batching"], "requests share forward passes, as --cont"),
+        ("v3", ["--no-continuous-batching"], "one request after the other, as --no-continuous-batching says"),
+        ("v3 foreign", [], "one request after the other, without batches, since the model has a class of its own"),
+        ("v3 foreign", ["--continuous-batching"], "requests share forward passes"),
+        ("nsa", [], "one request after the other, without batches, since .* sparse attention"),
+        ("v32", [], "one request after the other, without batches, since .* sparse attention"),
+    ],
+)
+def test_how_requests_are_answered_is_said(family, given, how, tokenizer, monkeypatch):
+    family, *foreign = family.split()
+    model = make_model(family, vocab_size=VOCAB_SIZE)
+    monkeypatch.setattr("common.loading.model_class", lambda: object if foreign else type(model))
+    service = Service()
+    assert re.match(".*" + how, serve.attach(service, model, tokenizer, options(*given)))
+    assert isinstance(service.engine, BothEngines) == ("share" in how)
+    service.stop()
+
+
+def test_releases_without_a_paged_cache_answer_one_after_the_other(tokenizer, monkeypatch):
+    model = make_model("v3", vocab_size=VOCAB_SIZE)
+    monkeypatch.setattr("common.loading.model_class", lambda: type(model))
+    monkeypatch.setattr("transformers.ContinuousBatchingConfig", lambda num_blocks=None: None)
+    service = Service()
+    assert "since this release of transformers has no paged cache" in serve.attach(
+        service, model, tokenizer, options()
+    )
+    assert type(service.engine) is Engine
+    service.stop()
+    with pytest.raises(ValueError, match=r"5\.19"):
+        serve.attach(Service(), model, tokenizer, options("--continuous-batching"))
+
+
 def test_settings_of_a_model_that_are_not_known_are_refused(tokenizer):
     model = make_model("v3", vocab_size=VOCAB_SIZE)
     model.generation_config.typical_p = 0.5
@@ -199,12 +378,17 @@ def test_settings_of_a_model_that_are_not_known_are_refused(tokenizer):
 
 def test_what_is_batched(batching):
     engine = BatchingEngine(batching[0], ContinuousBatchingConfig())
-    assert engine.takes(Sampling(5))
-    assert engine.takes(Sampling(5, temperature=0.0, seed=1))
-    assert engine.takes(Sampling(5, temperature=0.7, top_p=0.9, top_k=5, min_p=0.0, repetition_penalty=1.0))
+
+    def takes(*samplings):
+        return engine.takes([([1, 2, 3], sampling) for sampling in samplings])
+
+    assert takes(Sampling(5))
+    assert takes(Sampling(5, temperature=0.0, seed=1))
+    assert takes(Sampling(5, temperature=0.7, top_p=0.9, top_k=5, min_p=0.0, repetition_penalty=1.0))
     for more in ({"seed": 1, "temperature": 1.0}, {"min_p": 0.1}, {"logprobs": 0}, {"presence_penalty": 0.1}):
-        assert not engine.takes(Sampling(5, **more))
-    assert not engine.takes(Sampling(0))
+        assert not takes(Sampling(5, **more))
+        assert not takes(Sampling(5), Sampling(5, **more))
+    assert not takes(Sampling(0))
 
 
 def test_completions(served, tokenizer):
@@ -1286,8 +1470,83 @@ def test_a_request_of_any_size_is_cut_off(served, monkeypatch):
 
 @pytest.mark.parametrize("path", ["load_model", "reset", "v1/responses", "v1/audio/transcriptions"])
 def test_no_request_loads_or_unloads_models(served, path):
+    status, answer = answer_to(served[1], http(f"/{path}", b'{"model": "someone/else"}'))
+    assert status == 404
+    assert answer["error"]["code"] == ("model_not_found" if path == "load_model" else None)
+
+
+def test_load_model_tells_that_the_model_is_there(served, tokenizer):
     _, client = served
-    assert post(client, b'{"model": "someone/else"}', f"../{path}")[0] == 404
+    said = {"status": "ready", "model": "deepseek", "cached": True}
+    assert load_model(client) == [said]
+    for body in (b"{}", b'{"model": 1}', b'{"model": "deepseek", "revision": "main"}', b"[]"):
+        assert answer_to(client, http("/load_model", body))[0] == 400
+
+    service = Service()
+    with unloaded(service) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(load_model, client)
+        time.sleep(0.5)
+        assert not waiting.done()
+        service.attach(make_model("v3", vocab_size=VOCAB_SIZE), tokenizer)
+        loading = {"status": "loading", "model": "deepseek", "stage": "weights"}
+        assert waiting.result() == [loading, said | {"cached": False}]
+
+
+def load_model(client) -> list[dict]:
+    """The events of the answer for the served model."""
+    import urllib.request
+
+    url = str(client.base_url).replace("/v1/", "/load_model")
+    request = urllib.request.Request(url, b'{"model": "deepseek"}', {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return [json.loads(line[6:]) for line in response.read().decode().splitlines() if line]
+
+
+def with_settings(**settings) -> dict:
+    return {"generation_config": json.dumps(settings)}
+
+
+def test_a_generation_config_means_the_protocols_fields(served):
+    model, client = served
+
+    def said(settings, **fields):
+        body = with_settings(**settings) | {"seed": 3} | fields
+        return ask(client, "Hello", max_tokens=openai.NOT_GIVEN, extra_body=body)
+
+    def plain(**fields):
+        return written(ask(client, "Hello", max_tokens=12, seed=3, extra_body=fields))
+
+    more = {"max_new_tokens": 12, "transformers_version": "5.0", "top_k": None}
+    assert written(said(more)) == plain()
+    assert written(said(more | {"do_sample": False, "temperature": 2.0})) == plain(temperature=0)
+    assert written(said(more | {"do_sample": True})) == plain(temperature=1.0) != plain()
+    assert written(said(more | {"temperature": 2.0, "top_k": 50})) == plain(temperature=2.0, top_k=50)
+    assert written(said(more | {"repetition_penalty": 3.0})) == plain(repetition_penalty=3.0)
+    assert written(said(more | {"eos_token_id": model.generation_config.eos_token_id})) == plain()
+    assert written(said(more | {"temperature": 2.0}, temperature=0)) == plain(temperature=0)
+    for limit in ("max_tokens", "max_completion_tokens"):
+        assert said(more, **{limit: 3}).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "generation_config"),
+        ("[]", "generation_config"),
+        (1, "generation_config"),
+        ({"temperature": 1.0}, "generation_config"),
+        ('{"num_beams": 2}', "generation_config"),
+        ('{"do_sample": 1}', "do_sample"),
+        ('{"eos_token_id": [1, 99]}', "eos_token_id"),
+        ('{"temperature": 9}', "`temperature` is 9"),
+        ('{"max_new_tokens": "many"}', "`max_tokens` is 'many'"),
+        ("[" * 100_000, "generation_config"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_kept_is_refused(served, text, named):
+    status, answer = post(served[1], changed(generation_config=text))
+    assert status == 400
+    assert named in answer["error"]["message"]
 
 
 _junk = st.recursive(
@@ -1601,16 +1860,25 @@ def test_a_request_that_its_client_left_is_not_written_on(served):
 NO_END = {"1": -100}  # the end token
 
 
-def test_a_server_that_loads_says_so(tokenizer):
-    service = Service()
+@contextmanager
+def unloaded(service: Service):
+    """A client of a server that has no model yet."""
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(service.app(), host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def test_a_server_that_loads_says_so(tokenizer):
+    service = Service()
+    with unloaded(service) as client:
         assert answer_to(client, http("/health", b"", "GET")) == (503, {"status": "loading"})
         status, answer = post(client, changed())
         assert (status, answer["error"]["type"]) == (503, "server_error")
@@ -1618,9 +1886,6 @@ def test_a_server_that_loads_says_so(tokenizer):
         service.attach(make_model("v3", vocab_size=VOCAB_SIZE), tokenizer)
         assert answer_to(client, http("/health", b"", "GET")) == (200, {"status": "ok"})
         assert post(client, changed())[0] == 200
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 @pytest.mark.parametrize("paging", [None, {"page_size": 8, "num_blocks": 128, "max_batch_tokens": 64}], ids=repr)
@@ -1679,7 +1944,7 @@ def test_a_next_turn_reads_only_what_is_new(family, tokenizer):
         return output[0, len(ids) :].tolist()
 
     async def answer(engine, ids):
-        read, *tokens = [event async for event in engine.submit(ids, Sampling(max_tokens=6, temperature=0.0))]
+        read, *tokens = [event async for event in engine.submit([(ids, Sampling(max_tokens=6, temperature=0.0))])[0]]
         assert [token.id for token in tokens] == expected(ids)
         return read.cached_tokens, [token.id for token in tokens]
 
@@ -1762,8 +2027,8 @@ def test_a_model_that_computes_no_numbers_is_an_error(served, monkeypatch):
         (["--temperature", "2.5"], "--temperature"),
         (["--port", "99999"], "--port"),
         (["--port", "0"], "--port"),
-        (["--cache-blocks", "64"], "--continuous-batching"),
-        (["--batch-tokens", "64"], "--continuous-batching"),
+        (["--no-continuous-batching", "--cache-blocks", "64"], "--cache-blocks"),
+        (["--no-continuous-batching", "--batch-tokens", "64"], "--batch-tokens"),
         (["--continuous-batching", "--cache-blocks", "0"], "--cache-blocks"),
         (["--kept-caches", "-1"], "--kept-caches"),
         (["--temp", "1"], "--temp"),
@@ -1804,6 +2069,21 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys, monkeypa
     assert f"port {port}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(given, used):
+    """OpenMP reads the variable when torch is imported, so it has to be there before."""
+    code = (
+        "import os, sys, serve\n"
+        "def listen(*_): print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY']); raise OSError\n"
+        "serve.listen = listen\n"
+        "serve.main([])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", used], done.stderr
+
+
 def test_a_model_that_is_not_there_ends_the_server(capsys, tmp_path):
     assert serve.main(["--model", str(tmp_path), "--port", str(free_port())]) == 1
     error = capsys.readouterr().err
@@ -1829,7 +2109,7 @@ def running(*options):
     try:
         client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=120)
         for line in server.stdout:
-            if "Try:" in line:
+            if "or try:" in line:
                 break
         else:
             raise AssertionError(f"it ended with {server.wait()}")
@@ -1840,11 +2120,14 @@ def running(*options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--continuous-batching", "--cache-blocks", "64", "--batch-tokens", "128"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--no-continuous-batching"], ["--continuous-batching", "--cache-blocks", "64", "--batch-tokens", "128"]],
+)
 def test_a_process_that_is_told_to_stop_ends(options):
     with running(*options) as (server, client):
         end = AutoTokenizer.from_pretrained(ROOT).eos_token_id
-        never = {"temperature": 2.0} if options else {"logit_bias": {str(end): -100}}
+        never = {"temperature": 2.0} if "--continuous-batching" in options else {"logit_bias": {str(end): -100}}
         stream = ask(client, "Hello", stream=True, max_tokens=100_000, **never)
         next(iter(stream))
         start = time.perf_counter()
@@ -1859,7 +2142,10 @@ def test_a_process_that_is_told_to_stop_ends(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--continuous-batching", "--cache-blocks", "64", "--batch-tokens", "128"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--no-continuous-batching"], ["--continuous-batching", "--cache-blocks", "64", "--batch-tokens", "128"]],
+)
 def test_the_command_serves_the_checkpoint_of_this_folder(options):
     # float32, since in bfloat16 tokens are equally likely, of which batching may take another.
     with running("--temperature", "0", "--dtype", "float32", *options) as (_, client):

@@ -3,8 +3,9 @@
     parser = AnswerParser(tokenizer, prompt_ids)
     pieces = [piece for token in generated_ids for piece in parser.feed(token)] + parser.end()
 
-The counterpart of safe_chat.py. A parser of decoded text takes `<｜tool▁call▁begin｜>` in a web page that an answer quotes,
-or in the prompt, for the model's own. Here only control tokens count, and of the prompt only whether it ends with `<think>`.
+The counterpart of safe_chat.py. A parser of decoded text takes `<｜tool▁call▁begin｜>` in a web page that an answer
+quotes, or in the prompt, for the model's own. Here only control tokens count. Of the prompt it matters only whether it
+ends with `<think>`.
 """
 
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class AnswerText(NamedTuple):
 
 
 class AnswerCall(NamedTuple):
-    """A tool call from its begin to its end token; the arguments are as they were written, perhaps no JSON."""
+    """A tool call from its begin token to its end token. The arguments are as the model wrote them and may be no JSON."""
 
     name: str
     arguments: str
@@ -56,7 +57,7 @@ class TokenStream:
         self._stream, self._pending = DecodeStream(skip_special_tokens=True), []
 
     def feed(self, token: int) -> str:
-        """The text that a token completes; while the last character is not complete, all is held back."""
+        """The text that a token completes. While the last character is incomplete, all of it is held back."""
         self._pending.append(token)
         text = self._stream.step(self._tokenizer, token)
         if text:
@@ -73,7 +74,7 @@ class TokenStream:
 class AnswerParser:
     """Reads the tokens of one answer in DeepSeek's format, one by one.
 
-    Special tokens have no text; a call that is never ended is none.
+    Special tokens have no text. A call without its end token is not reported.
 
     Args:
         tokenizer: a byte-level tokenizer. Of one without DeepSeek's control tokens, all text is content.
@@ -104,7 +105,7 @@ class AnswerParser:
         return pieces
 
     def end(self) -> list[AnswerText | AnswerCall]:
-        """What was held back, when no more tokens come."""
+        """The text that was held back, once no more tokens come."""
         return self._text_pieces(self._stream.end())
 
     def _text_pieces(self, text: str) -> list[AnswerText | AnswerCall]:

@@ -1,7 +1,7 @@
 """Reads text documents from files and decides which of them are held out.
 
 The corpus tools, the tokenizer trainer and the pretraining data builder all read through this file: a document means
-the same to each of them, and neither trainer ever sees a held-out one. No torch, no model code.
+the same to all of them, and neither trainer ever sees a held-out one. No torch, no model code.
 """
 
 import gzip

@@ -1,13 +1,14 @@
 """Gives a checkpoint's tokenizer new tokens for a domain, and its model the rows for them.
 
-    python -m tokenization.extend --model . --text law.jsonl.gz --new-tokens 1000 --out runs/law
+    python -m tokenization.extend --model . --text law.jsonl.gz --new-tokens 1000 --output runs/law
 
-New merges are learned on the text on top of the old ones, as byte-level BPE would have gone on: every old token keeps its
-id and its merges, new ids follow the old. A new token's rows, in the embedding and in the output head, start as the mean
-of the rows of the old tokens that it replaces; multi-token-prediction modules use the same two matrices. Where a config has
-more rows than its tokenizer has tokens (V3: 129,280 and 128,815), new tokens take those first. OUT is complete or absent.
+New merges are learned on the text on top of the old ones, as byte-level BPE training would continue: every old token
+keeps its id and its merges, new ids follow the old. A new token's rows, in the embedding and in the output head, start
+as the mean of the rows of the old tokens that it replaces; multi-token-prediction modules use the same two matrices.
+Where a config has more rows than its tokenizer has tokens (V3: 129,280 and 128,815), new tokens take those first. OUT
+is complete or absent.
 
-Train the result on the domain before use: the old model has never seen, nor written, the new tokens.
+Train the result on the domain before use: the old model has never read or written the new tokens.
 """
 
 import argparse
@@ -213,7 +214,7 @@ def extend_rows(matrix: torch.Tensor, replaced: dict[int, list[int]], num_rows: 
     Args:
         matrix: [old rows, hidden_size].
         replaced: for each new id the old ids whose mean is its row.
-        num_rows: rows of the result, at least the old ones; rows of no token start as the mean of all.
+        num_rows: rows of the result, at least the old ones; rows without a token start as the mean of all.
 
     Returns:
         [num_rows, hidden_size] in the dtype of `matrix`.
@@ -241,7 +242,7 @@ def extend_checkpoint(
         multiple_of: round the number of rows up to a multiple of this.
 
     Raises:
-        ValueError: `output` exists, or the checkpoint is none of this family or does not fit the tokenizer.
+        ValueError: `output` exists, or the checkpoint is not of this family or does not fit the tokenizer.
     """
     refuse_existing(output)
     if multiple_of < 1:

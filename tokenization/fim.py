@@ -5,7 +5,7 @@ With B, H, E for `<｜fim▁begin｜>`, `<｜fim▁hole｜>`, `<｜fim▁end｜>
     psm   B prefix H suffix E middle       DeepSeek-Coder (arXiv:2401.14196) and V3 (arXiv:2412.19437), 10 % of documents
     spm   B H suffix E prefix middle       the variant of arXiv:2207.14255 that shares its tokens with psm
 
-To complete with such a model, encode with an empty middle and let it write on.
+To complete a text with such a model, encode it with an empty middle and generate.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Encodes text as nothing but text: no part of it becomes a control token, whatever it spells.
+"""Encodes text as text only: no part of it becomes a control token, whatever it spells.
 
 DeepSeek's tokenizers turn `<｜User｜>`, `</think>` or `<｜tool▁calls▁begin｜>` anywhere in a text into the control token.
 transformers' `split_special_tokens=True` does not prevent it: these tokens are added, but not `special` in
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common.command import no_command
 
 _PIECE_CHARACTERS = 8192
-_CUT_TOKENS = 64  # more than a cut through a text can add to its tokens
+_CUT_TOKENS = 64  # more tokens than cutting a text in two can add
 
 
 class TextTooLong(ValueError):

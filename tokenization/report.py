@@ -3,9 +3,10 @@
     python -m tokenization.report --tokenizers ours=. path/to/deepseek-v3 --files en corpus/en_*.jsonl.gz \\
         --files zh corpus/zh_*.jsonl.gz --held-out-fraction 0.01 --output runs/tokenizer-report
 
-Written to the output folder: `report.md` (a table), `report.json`, `report.png`. Bos is not counted, and names of control
-tokens in the text are counted as they are read, as one token. With `--held-out-fraction` only documents are read that
-`tokenization.train_bpe` and `pretrain.data` hold out at the same value, so a tokenizer is not measured on its own text.
+Written to the output folder: `report.md` (a table), `report.json`, `report.png`. Bos is not counted, and a name of a
+control token in the text counts as one token, as the tokenizer reads it. With `--held-out-fraction` only documents are
+read that `tokenization.train_bpe` and `pretrain.data` hold out at the same value, so a tokenizer is not measured on
+its own text.
 """
 
 import argparse

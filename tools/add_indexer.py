@@ -1,4 +1,4 @@
-"""Gives a DeepSeek-V3 checkpoint the lightning indexer of V3.2, freshly initialised, to be trained on.
+"""Adds a freshly initialised lightning indexer, as in V3.2, to a DeepSeek-V3 checkpoint for further training.
 
     python -m tools.add_indexer path/to/DeepSeek-V3-Base path/to/DeepSeek-V3-sparse
 
@@ -84,7 +84,7 @@ def add_indexer(source: Path, output: Path, sizes: dict[str, int], seed: int = 0
     """Writes the folder `output`: the checkpoint in `source` with an indexer in each layer.
 
     Raises:
-        ValueError: `output` exists, or `source` is none that can be converted.
+        ValueError: `output` exists, or `source` cannot be converted.
     """
     refuse_existing(output)
     config = indexer_config(read_config(source), sizes)

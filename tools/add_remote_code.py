@@ -6,7 +6,8 @@
 
 Copies the code files beside the weights and points `auto_map` in config.json at them, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads this implementation. Weights and tokenizer
-are not touched. With `--from`, `auto_map` names the repository on the Hub that has the code, and none is copied. What was there before is kept in `.before_remote_code/`, from where `--remove` puts it back.
+are not touched. With `--from`, `auto_map` names the repository on the Hub that has the code, and no code is copied.
+What was in the folder before is kept in `.before_remote_code/`, and `--remove` restores it.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def add(folder: Path, repository: str | None = None) -> list[str]:
     """Copies the code, sets `auto_map`; returns what was done, a line each. Doing it again refreshes the code.
 
     Args:
-        repository: name on the Hub of a copy of this repository; its code is then used, and none copied.
+        repository: name on the Hub of a copy of this repository, whose code is then used; no code is copied.
 
     Raises:
         ValueError: the folder is this repository, or no checkpoint of this family; or a wrong name.
@@ -96,7 +97,7 @@ def add(folder: Path, repository: str | None = None) -> list[str]:
 
 
 def remove(folder: Path) -> list[str]:
-    """Takes the code away and puts back what was there; returns what was done.
+    """Removes the code and restores what was there before; returns what was done.
 
     Raises:
         ValueError: the code was not added by this tool.

@@ -1,8 +1,8 @@
-"""What the tools that rewrite a checkpoint share: a new folder with changed weights, the old one read tensor by tensor.
+"""What the tools that rewrite a checkpoint share: they read the old folder tensor by tensor and write a new one.
 
 The new folder appears whole or not at all: it is written beside its place under another name and then renamed. Memory
-holds one shard at a time. What else belongs to a checkpoint (common/checkpoint_files.py: tokenizer, generation settings,
-licence) is copied as it is; the model code is added, as `tools/add_remote_code.py` does, and a card is written.
+holds one shard at a time. The rest of a checkpoint (common/checkpoint_files.py: tokenizer, generation settings,
+licence) is copied unchanged; the model code is added, as `tools/add_remote_code.py` does, and a card is written.
 """
 
 import os
@@ -24,7 +24,7 @@ from configuration_deepseek import DeepseekConfig
 from loading_deepseek import CheckpointFiles
 from tools.add_remote_code import AUTO_MAP, code_files, write_json
 
-# A tensor's name and value -> the tensors to store in its place, itself included where it stays.
+# A tensor's name and value -> the tensors to store in its place, including itself if it is kept.
 Change = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
 
 
@@ -34,7 +34,7 @@ def resolve_config(config: dict) -> DeepseekConfig:
 
 
 def refuse_existing(output: Path):
-    """ValueError if there is something at `output`."""
+    """ValueError if `output` exists."""
     if os.path.lexists(output):
         raise ValueError(f"OUTPUT is {output}, which exists already; name a new folder or remove that one.")
 
@@ -70,7 +70,7 @@ def new_matrix(name: str, shape: tuple[int, int], std: float, seed: int, dtype: 
 
 
 def dtype_beside(tensor: torch.Tensor) -> torch.dtype:
-    """In which precision to store a new weight: its neighbour's, but bfloat16 beside FP8, which needs scales."""
+    """The dtype of a new weight: its neighbour's, but bfloat16 beside FP8, which needs scales."""
     return torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
 
 

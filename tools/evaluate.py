@@ -1,4 +1,4 @@
-"""Runs lm-evaluation-harness on a checkpoint with task files of this machine, and writes results that a model card takes.
+"""Runs lm-evaluation-harness on a checkpoint with local task files, and writes results for a model card.
 
     python -m tools.evaluate . --tasks gsm8k mgsm_en mgsm_zh --data path/to/tasks --output results.json
     python -m tools.evaluate . --tasks humaneval mbpp --data path/to/tasks --allow-code-execution
@@ -6,8 +6,8 @@
     python -m tools.evaluate . --tasks arc_easy my_task.yaml --data path/to/tasks --output results.json --log-samples
 
 Needs the extra: `pip install -e '.[evaluate]'`. The prompts, few-shot examples, stop words and answer filters are the
-harness's own, so the figures compare with others that it made; only the data come from files, and generated programs are
-run here. These tasks read the files that their authors published:
+harness's own, so the figures compare with others made by it. Only the data come from files, and generated programs run
+here. These tasks read the files that their authors published:
 
     gsm8k             gsm8k_train.jsonl (few-shot examples), gsm8k_test.jsonl    {"question", "answer"}
     mgsm_en, mgsm_zh  mgsm_en.tsv, mgsm_zh.tsv                                   question TAB number

@@ -103,6 +103,7 @@ with extra("tools"):
     from rich.console import Console
     from rich.table import Table
 
+    from common.costs import GQACosts, Part, attention_costs, matrix, vector
     from configuration_deepseek import FAMILY_DEFAULTS, DeepseekConfig
     from tools.convert import resolve_config
 
@@ -168,72 +169,10 @@ def _from_demo(fields: dict) -> dict:
 # ---------------------------------------------------------------- parameters
 
 
-class Part(NamedTuple):
-    """A component of the model, counted."""
-
-    total: float = 0  # parameters
-    active: float = 0  # of these, what one token uses
-    macs: float = 0  # multiply-adds for one token, attention to other tokens left out
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(*(mine + its for mine, its in zip(self, other, strict=True)))
-
-    def __mul__(self, times: float) -> "Part":
-        return Part(*(value * times for value in self))
-
-
-def matrix(numel: float) -> Part:
-    """Weights that each token is multiplied with once."""
-    return Part(numel, numel, numel)
-
-
-def vector(numel: float) -> Part:
-    """Norms and biases, whose operations are not counted."""
-    return Part(numel, numel, 0)
-
-
-def attention_parts(config: DeepseekConfig) -> dict[str, Part]:
-    """One layer's attention, and its indexer where there is one."""
-    if config.attention_kind == "mla":
-        return _mla_parts(config)
-    hidden, head = config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    branches = 3 if config.attention_kind == "nsa" else 1
-    widths = heads * head + branches * 2 * kv_heads * head
-    part = matrix(hidden * widths) + matrix(heads * head * hidden)
-    if config.attention_bias:
-        part += vector(widths + hidden)
-    if config.attention_kind == "nsa":
-        block = config.nsa_compress_block_size
-        compressor = block * head * 2 * head + 2 * head * head  # its two matrices
-        # run once for `stride` tokens and each key/value head, for keys and for values
-        runs = kv_heads / config.nsa_compress_stride
-        part += Part(compressor, compressor, compressor * runs) * 2 + vector(2 * block * head)
-        part += matrix(hidden * heads * 3) + vector(heads * 3)
-    return {"attention": part}
-
-
-def _mla_parts(config: DeepseekConfig) -> dict[str, Part]:
-    hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    rank, query_width = config.q_lora_rank, config.num_attention_heads * config.qk_head_dim
-    part = matrix(hidden * query_width) if rank is None else matrix(rank * (hidden + query_width)) + vector(rank)
-    part += matrix(hidden * (latent + config.qk_rope_head_dim)) + vector(latent)
-    # kv_b_proj; the absorbed form multiplies queries and outputs with its two halves, which is the same number
-    part += matrix(latent * heads * (config.qk_nope_head_dim + config.v_head_dim))
-    part += matrix(heads * config.v_head_dim * hidden)
-    if config.attention_bias:
-        part += vector((rank or 0) + latent + config.qk_rope_head_dim + hidden)
-    if not config.has_indexer:
-        return {"attention": part}
-    width, index_heads = config.index_head_dim, config.index_n_heads
-    indexer = matrix(rank * index_heads * width + hidden * (width + index_heads)) + vector(2 * width)
-    return {"attention": part, "indexer": indexer}
-
-
-def layer_parts(config: DeepseekConfig, kind: str) -> dict[str, Part]:
+def layer_parts(config: DeepseekConfig, kind: str, layer: int = 0) -> dict[str, Part]:
     """One decoder layer whose MLP is "dense" or "sparse"."""
     hidden = config.hidden_size
-    parts = {**attention_parts(config), "norms": vector(2 * hidden)}
+    parts = {**attention_costs(config, layer).parts(), "norms": vector(2 * hidden)}
     if kind == "dense":
         return parts | {"dense MLPs": matrix(3 * hidden * config.intermediate_size)}
     expert = 3 * hidden * config.moe_intermediate_size
@@ -252,8 +191,8 @@ def model_parts(config: DeepseekConfig) -> dict[str, Part]:
     """
     table = config.vocab_size * config.hidden_size
     parts = {"embedding": Part(table, table, 0)}
-    for kind in config.mlp_layer_types:
-        for name, part in layer_parts(config, kind).items():
+    for layer, kind in enumerate(config.mlp_layer_types):
+        for name, part in layer_parts(config, kind, layer).items():
             parts[name] = parts.get(name, Part()) + part
     parts["norms"] += vector(config.hidden_size)
     # tied, the head multiplies with the embedding's matrix
@@ -273,39 +212,20 @@ def mtp_part(config: DeepseekConfig) -> Part:
 
 
 def attention_macs(config: DeepseekConfig, keys: np.ndarray, decoding: bool) -> np.ndarray:
-    """Multiply-adds of one layer between queries and what they attend to.
-
-    Args:
-        keys: for each query the tokens that it may see, itself included.
-        decoding: new tokens over a cached past, where MLA works on latents; else tokens among themselves.
-
-    Returns:
-        One number a query.
-    """
-    heads = config.num_attention_heads
-    if config.attention_kind == "gqa":
-        return 2.0 * heads * config.head_dim * keys
-    if config.attention_kind == "nsa":
-        return 2.0 * heads * config.head_dim * sum(_nsa_keys(config, keys))
-    latents = heads * (2.0 * config.kv_lora_rank + config.qk_rope_head_dim)
-    expanded = heads * (1.0 * config.qk_head_dim + config.v_head_dim)
-    if not config.has_indexer or keys.max() <= config.index_topk:  # the indexer has nothing to choose
-        return (latents if decoding else expanded) * keys
-    scored = np.where(keys > config.index_topk, keys, 0)
-    index = config.index_n_heads * (config.index_head_dim + 1.0) * scored  # products, and their weighted sum
-    return index + latents * np.minimum(keys, config.index_topk)
+    """Multiply-adds of one layer between queries and what they attend to, the mean over the layers; as `GQACosts.macs`."""
+    costs = _all_attention(config)
+    return sum(cost.macs(keys, decoding) for cost in costs) / max(1, len(costs))
 
 
-def _nsa_keys(config: DeepseekConfig, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compressed entries, selected tokens (at most) and tokens of the window that queries with `keys` tokens attend to."""
-    compressed = np.maximum(0, (keys - config.nsa_compress_block_size) // config.nsa_compress_stride + 1)
-    selected = np.minimum(keys, config.nsa_num_select_blocks * config.nsa_select_block_size)
-    return compressed, selected, np.minimum(keys, config.nsa_window_size)
+def _all_attention(config: DeepseekConfig) -> list[GQACosts]:
+    """The costs of each layer's attention, the prediction modules' left out."""
+    return [attention_costs(config, layer) for layer in range(config.num_hidden_layers)]
 
 
 def decode_flops(config: DeepseekConfig, context: int) -> float:
     """Operations of one new token that sees `context` tokens, itself included."""
     linear = sum(model_parts(config).values(), Part()).macs
+    linear -= sum(cost.idle_macs(context) for cost in _all_attention(config))
     return 2 * (linear + config.num_hidden_layers * float(attention_macs(config, np.array([context]), True)[0]))
 
 
@@ -338,21 +258,11 @@ def mtp_flops(config: DeepseekConfig, row: int) -> float:
 
 def cache_values(config: DeepseekConfig) -> dict[str, float]:
     """Numbers that the cache keeps, over all layers: for each token by kind, and `per sequence` whatever its length."""
-    layers = config.num_hidden_layers
-    if config.attention_kind == "mla":
-        values = {"latents": layers * config.kv_lora_rank, "rotated keys": layers * config.qk_rope_head_dim}
-        if config.has_indexer:
-            values["indexer keys"] = layers * config.index_head_dim
-        return values
-    pair = layers * 2 * config.num_key_value_heads * config.head_dim
-    if config.attention_kind == "gqa":
-        return {"keys and values": pair}
-    kept = config.nsa_window_size - 1 + config.nsa_compress_block_size - 1  # tokens that the next query needs
-    return {
-        "keys and values": pair,
-        "compressed keys and values": pair / config.nsa_compress_stride,
-        "per sequence": pair * kept,
-    }
+    values: dict[str, float] = {}
+    for cost in _all_attention(config):
+        for name, count in cost.cache_values().items():
+            values[name] = values.get(name, 0) + count
+    return values
 
 
 def cache_bytes_per_token(config: DeepseekConfig, bits: float = 16) -> float:
@@ -368,17 +278,7 @@ def cache_bytes(config: DeepseekConfig, context: int, bits: float = 16) -> float
 
 def cache_bytes_read(config: DeepseekConfig, context: int, bits: float = 16) -> float:
     """What of that cache one new token must read."""
-    layers = config.num_hidden_layers
-    if config.attention_kind == "nsa":
-        entries = sum(int(count[0]) for count in _nsa_keys(config, np.array([context])))
-        values = layers * 2 * config.num_key_value_heads * config.head_dim * entries
-    elif config.has_indexer and context > config.index_topk:
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
-        values = layers * (config.index_head_dim * context + latent * config.index_topk)
-    else:
-        # the indexer's keys are of no use yet
-        values = context * sum(count for name, count in cache_values(config).items() if name != "indexer keys")
-    return values * bits / 8
+    return sum(cost.values_read(context) for cost in _all_attention(config)) * bits / 8
 
 
 def default_weight_bits(config: DeepseekConfig) -> int:
@@ -422,7 +322,7 @@ def decoding_floor(
 # ---------------------------------------------------------------- training memory
 
 
-def saved_bytes_per_token(config: DeepseekConfig, kind: str, width: int = 2) -> float:
+def saved_bytes_per_token(config: DeepseekConfig, kind: str, width: int = 2, layer: int = 0) -> float:
     """What one decoder layer keeps of a token for its backward pass, numbers being `width` bytes wide.
 
     With an attention kernel that keeps no scores. Counted are the inputs of matrix products, what attention and SwiGLU
@@ -432,14 +332,8 @@ def saved_bytes_per_token(config: DeepseekConfig, kind: str, width: int = 2) -> 
     mlp = 4  # gate, up, act(gate) and their product
     values = 0.0  # of `width` bytes
     norms = 2 * hidden  # numbers that are normalised
-    if config.attention_kind == "mla":
-        query, value = heads * config.qk_head_dim, heads * config.v_head_dim
-        norms += config.kv_lora_rank + (config.q_lora_rank or 0)
-        values += 2 * query + 2 * value  # queries and keys, values and outputs
-    else:
-        branches = 3 if config.attention_kind == "nsa" else 1
-        query = heads * config.head_dim
-        values += (1 + branches) * query + branches * 2 * config.num_key_value_heads * config.head_dim
+    normalised, kept = attention_costs(config, layer).saved()
+    norms, values = norms + normalised, values + kept
     total = 4 * heads  # of each query the logarithm of its softmax's sum, float32
     if kind == "dense":
         values += mlp * config.intermediate_size
@@ -472,9 +366,9 @@ def training_memory(
     share = [1 / gpus if zero >= stage else 1 for stage in (3, 2, 1)]
     kinds = [*config.mlp_layer_types, *[config.mtp_layer_type] * config.num_nextn_predict_layers]
     tokens, width = micro_batch * row, 2
-    saved = [saved_bytes_per_token(config, kind, width) for kind in kinds]
+    saved = [saved_bytes_per_token(config, kind, width, layer) for layer, kind in enumerate(kinds)]
     activations = len(kinds) * width * config.hidden_size + max(saved) if checkpointing else sum(saved)
-    largest = max(sum(layer_parts(config, kind).values(), Part()).total for kind in set(kinds))
+    largest = max(sum(layer_parts(config, kind, layer).values(), Part()).total for layer, kind in enumerate(kinds))
     memory = {
         "parameters": 2 * total * share[0],
         "gradients": 2 * total * share[1],
@@ -560,7 +454,7 @@ def make_plan(
     device, weight_bits = GPUS[gpu], weight_bits or default_weight_bits(config)
     plan = {
         "model_type": config.checkpoint_model_type,
-        "attention": "mla with indexer" if config.has_indexer else config.attention_kind,
+        "attention": config.attention_kind,
         "gpu": {"name": gpu, **device._asdict()},
         "parameters": {
             "total": int(everything.total),

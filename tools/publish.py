@@ -4,17 +4,18 @@
     python -m tools.publish path/to/model --repo-id me/my-deepseek --results results.json --private
     python -m tools.publish runs/my-adapter --repo-id me/my-adapter --base-model me/my-deepseek --base-folder path/to/model
 
-Each check is a line: passed, a warning, or failed and what to do about it; what failed keeps the upload from beginning.
-Sent is what belongs to a checkpoint (common/checkpoint_files.py), in a git work tree also what git tracks; the rest is named.
-The files that would be uploaded are laid out in a folder of their own first, and it is that folder which is checked,
-loaded by a new process with an empty code cache (`tools/try_loading.py`), and sent.
+Each check is a line: passed, a warning, or failed with the remedy. A failed check prevents the upload. The upload
+holds what belongs to a checkpoint (common/checkpoint_files.py) and, in a git work tree, what git tracks; other files
+are named. The files to upload are first laid out in a new folder. That folder is checked, loaded by a new process with
+an empty code cache (`tools/try_loading.py`), and sent.
 
 `--results` takes files of measurements (as `tools.evaluate` writes them): {"results": [row, ...]}, a row having the fields of
 `huggingface_hub.EvalResult`. They go into the card's `model-index` and into a table in its text. With `--dry-run` the card
 is shown, not written, and nothing is sent.
 
-The upload is one commit, after all large files are there. Interrupted, it is run again: the Hub says which large files
-it has already, and those are not sent a second time. At the end what the Hub lists is compared with what was meant.
+The upload is one commit, after all large files are there. After an interruption, run it again: the Hub says which
+large files it has already, and those are not sent a second time. At the end, what the Hub lists is compared with what
+was sent.
 """
 
 import argparse
@@ -132,10 +133,10 @@ def list_files(folder: Path, exclude: list[str], include: list[str] = ()) -> lis
 
     Args:
         exclude: patterns of files to leave out.
-        include: patterns of other files to take, as pictures of the card.
+        include: patterns of more files to take, such as pictures of the card.
 
     Raises:
-        ValueError: there is no such folder, or nothing is left of it.
+        ValueError: there is no such folder, or none of its files is left to send.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name a model's or an adapter's.")
@@ -171,7 +172,7 @@ def _matches(path: str, patterns: list[str]) -> bool:
 
 
 def check_left_out(folder: Path, paths: list[str], exclude: list[str]) -> Check:
-    """What lies in the folder and is not sent, though nobody said so."""
+    """Files in the folder that are not sent, although no option excludes them."""
     left = [path for path in all_files(folder) if path not in paths and not _matches(path, exclude)]
     if left:
         return Check(
@@ -434,7 +435,7 @@ def check_code(root: Path) -> list[Check]:
 
 
 def _unreachable(root: Path, module: str, reached: set[str]) -> list[str]:
-    """What keeps `module` or one that it imports from loading; adds those that are in order to `reached`."""
+    """What prevents `module`, or a module that it imports, from loading; adds the loadable ones to `reached`."""
     if module in reached:
         return []
     file = root / f"{module}.py"
@@ -563,7 +564,7 @@ def check_adapter_config(root: Path) -> Check:
 def check_loading(root: Path, base_folder: Path | None, generate: bool, trust_remote_code: bool) -> list[Check]:
     """Runs `tools/try_loading.py` in a clean process and turns what it found into checks.
 
-    A stranger runs the folder's code. Here it runs unasked only where it is this repository's.
+    Whoever loads the folder runs its code. Here, code that is not this repository's runs only with permission.
     """
     is_adapter = (root / "adapter_config.json").is_file()
     if is_adapter and base_folder is None:
@@ -674,7 +675,7 @@ def upload(
 
     Raises:
         HfHubHTTPError: the Hub refused something.
-        ValueError: what the Hub lists afterwards is not what was sent.
+        ValueError: the Hub lists other files afterwards than were sent.
     """
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision != "main":
@@ -696,7 +697,7 @@ def verify(root: Path, entries: list[Entry], repo_id: str, revision: str, api: H
     """Compares contents by hash: sha256 of large files, git's sha1 of the others.
 
     Raises:
-        ValueError: a file is missing on the Hub or is another there.
+        ValueError: a file is missing on the Hub or differs there.
     """
     remote = {item.path: item for item in api.list_repo_tree(repo_id, recursive=True, revision=revision)}
     wrong = []

@@ -1,4 +1,4 @@
-"""Turns a dense checkpoint with grouped-query attention into one with native sparse attention, to be trained on.
+"""Turns a dense checkpoint with grouped-query attention into one with native sparse attention, for further training.
 
     python -m tools.upcycle_nsa path/to/deepseek-llm-7b-base path/to/deepseek-llm-7b-nsa
 
@@ -76,7 +76,7 @@ def nsa_config(source: dict, sizes: dict[str, int]) -> dict:
         sizes: the `nsa_` fields.
 
     Raises:
-        ValueError: the source is no dense GQA model, or the sizes do not go together.
+        ValueError: the source is no dense GQA model, or the sizes do not fit together.
     """
     model_type = source["model_type"]
     if model_type not in SOURCE_TYPES:
@@ -93,7 +93,7 @@ def nsa_config(source: dict, sizes: dict[str, int]) -> dict:
         )
     if source.get("attention_kind", "gqa") != "gqa":
         raise ValueError(f"`attention_kind` is {source['attention_kind']!r}; it must be 'gqa': use a dense model.")
-    # what the source leaves to the defaults of its type, if the new type has others
+    # fields that the source leaves to its type's defaults, where the new type's differ
     implied = {
         name: value
         for name, value in FAMILY_DEFAULTS[model_type].items()
@@ -111,7 +111,7 @@ def upcycle(source: Path, output: Path, sizes: dict[str, int], seed: int = 0):
     """Writes the folder `output` with native sparse attention, from the dense checkpoint in `source`.
 
     Raises:
-        ValueError: `output` exists, or `source` is none that can be converted.
+        ValueError: `output` exists, or `source` cannot be converted.
     """
     refuse_existing(output)
     config = nsa_config(read_config(source), sizes)

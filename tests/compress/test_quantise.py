@@ -1,5 +1,6 @@
 """compress.quantise: FP8 blocks are those of a slow loop, and are read back as exactly what they mean."""
 
+import errno
 import json
 
 import pytest
@@ -104,7 +105,11 @@ def test_refusals(checkpoint, tmp_path, capsys):
     assert "quantised already, by 'fp8'" in capsys.readouterr().err
 
 
-def test_interrupted_and_resumed(checkpoint, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [(KeyboardInterrupt(), "Interrupted"), (OSError(errno.ENOSPC, "No space left on device"), "disk is full")],
+)
+def test_interrupted_and_resumed(stop, told, checkpoint, tmp_path, monkeypatch, capsys):
     folder = checkpoint("v3")
     DeepseekForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink()
@@ -114,14 +119,16 @@ def test_interrupted_and_resumed(checkpoint, tmp_path, monkeypatch, capsys):
     def stop_once(path, tensors):
         if len(written) == 2:
             written.append(None)
-            raise KeyboardInterrupt
+            raise stop
         written.append(path.name)
         write(path, tensors)
 
     monkeypatch.setattr(rewrite, "_write_shard", stop_once)
     arguments = ["--model", str(folder), "--output", str(tmp_path / "fp8")]
     assert quantise.main(arguments) == 1
-    assert "the same command goes on" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert told in message
+    assert "the same command goes on" in message
     assert quantise.main(arguments) == 0
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     assert sorted(name for name in written if name) == shards

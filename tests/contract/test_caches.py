@@ -11,7 +11,7 @@ SETTINGS = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 2, "eos_to
 FAMILIES = (*MAIN_FAMILIES, "v32", "nsa")
 # What a family does with it: works, or the words of the error.
 NEEDS_CUDA = "is no CUDA device. Leave it out"
-SPARSE = "sparse attention .* keeps more. Leave it out, or say 'dynamic'"
+SPARSE = "sparse attention .* keeps more than keys and values. Leave it out, or say 'dynamic'"
 EXPECTED = {
     "dynamic": {},
     "hybrid": {},  # transformers takes it for the default
@@ -91,6 +91,6 @@ def test_an_indexer_that_may_choose_is_not_compiled():
 
 def test_nsa_says_what_is_wrong_with_a_cache_of_ones_own():
     model, prompt = make_model("nsa"), make_tokens(1, 24)
-    with pytest.raises(ValueError, match=r"StaticLayer, which has no room for what NSA caches. Pass an empty"):
+    with pytest.raises(ValueError, match=r"StaticLayer`s, which have no room for what NSA caches. Pass an empty"):
         model(prompt, past_key_values=StaticCache(config=model.config, max_cache_len=48))
     model(prompt, past_key_values=DynamicCache(config=model.config))

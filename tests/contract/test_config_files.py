@@ -360,7 +360,7 @@ def test_a_config_has_the_fields_of_its_family_only(path, tmp_path):
 def test_what_engines_ask_for(family):
     config = make_config(family)
     assert hasattr(config, "index_topk") == hasattr(config, "index_warmup") == (family == "v32") == config.has_indexer
-    assert hasattr(config, "kv_lora_rank") == hasattr(config, "q_lora_rank") == (config.attention_kind == "mla")
+    assert hasattr(config, "kv_lora_rank") == hasattr(config, "q_lora_rank") == config.has_latent
     assert hasattr(config, "n_routed_experts") == hasattr(config, "num_experts_per_tok") == (family != "llama")
     assert hasattr(config, "nsa_window_size") == (family == "nsa")
 

@@ -251,8 +251,7 @@ class TestTraining:
         dense = tiny.make_model(
             "v32", attention="eager", index_topk=64, num_hidden_layers=1, num_nextn_predict_layers=0
         )
-        states = []
-        dense.model.layers[0].self_attn.indexer.register_forward_hook(lambda *args: states.append(args[2]))
+        states = watch_indexer(dense)
         probs = dense(tokens, output_attentions=True).attentions[0]  # [1, H, S, S]
         target = probs.mean(1)
         hidden = torch.ones(30, 30, dtype=torch.bool).triu(1)
@@ -293,14 +292,25 @@ class TestTraining:
         assert after > before + 0.1, f"recall {before:.3f} -> {after:.3f}"
 
 
+def watch_indexer(dense) -> list[dsa.IndexStates]:
+    """Gets what the first layer's indexer makes of the tokens of each forward pass, where nothing is to be selected."""
+    states = []
+
+    def keep(attention, arguments, kwargs):
+        latent = attention.query_latent(*arguments)
+        states.append(attention.indexer(*arguments, latent, kwargs["position_embeddings"]))
+
+    dense.model.layers[0].self_attn.register_forward_pre_hook(keep, with_kwargs=True)
+    return states
+
+
 @torch.no_grad()
 def recall(model) -> float:
     """Share of attention's own top-k tokens that the indexer selects."""
     tokens = tiny.make_tokens(4, 48, seed=1000)
     dense = tiny_with(model, index_topk=64, num_hidden_layers=1, num_nextn_predict_layers=0)
     dense.set_attn_implementation("eager")
-    states = []
-    dense.model.layers[0].self_attn.indexer.register_forward_hook(lambda *args: states.append(args[2]))
+    states = watch_indexer(dense)
     probs = dense(tokens, output_attentions=True).attentions[0].mean(1)  # [B, S, S]
     scores = dsa.index_scores(*states[0]).masked_fill(torch.ones(48, 48, dtype=torch.bool).triu(1), float("-inf"))
     true, guessed = (x[:, 16:].topk(8, dim=-1).indices for x in (probs, scores))

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from checks import assert_close, assert_gradients_close, gradients
-from deepseek_repo import modeling_deepseek
+from deepseek_repo import mla_deepseek
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from tiny import FAMILIES, MAIN_FAMILIES, MLA_FAMILIES, MOE_FAMILIES, make_model, make_tokens
 from transformers import (
@@ -145,7 +145,7 @@ def test_cached_chunks_equal_the_full_forward(family, chunk, attention):
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_several_blocks(family, padded, monkeypatch):
     """Blocks have 128 keys at least; with padding of 140 tokens the whole first block of a row is hidden."""
-    monkeypatch.setattr(modeling_deepseek, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(mla_deepseek, "_BLOCK_BYTES", 1)
     model, tokens, mask = make_model(family), make_tokens(2, 290), torch.ones(2, 290, dtype=torch.long)
     mask[1, :140] = 0 if padded else 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -173,7 +173,7 @@ def test_cheapest_form_is_chosen(family, length, form, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_three_forms_of_mla(family, float_mask, dtype, monkeypatch):
     """One attention module, the same 200 tokens: expanded, absorbed, and in blocks of 128 keys."""
-    monkeypatch.setattr(modeling_deepseek, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(mla_deepseek, "_BLOCK_BYTES", 1)
     model = make_model(family, attention="eager").to(dtype)
     attention = model.model.layers[0].self_attn
     states = torch.randn(2, 200, model.config.hidden_size, dtype=dtype)
@@ -280,7 +280,7 @@ def test_cached_numbers_for_each_token(family):
     cache, config = model(make_tokens(2, 11)).past_key_values, model.config
     expected = (
         config.kv_lora_rank + config.qk_rope_head_dim
-        if config.attention_kind == "mla"
+        if config.has_latent
         else 2 * config.num_key_value_heads * config.head_dim
     )
     assert len(cache.layers) == config.num_hidden_layers
@@ -522,11 +522,11 @@ def test_question_answering_trains(family):
 
 def spy(monkeypatch, method: str) -> list:
     """Counts the calls of a method of DeepseekMLA."""
-    calls, original = [], getattr(modeling_deepseek.DeepseekMLA, method)
+    calls, original = [], getattr(mla_deepseek.DeepseekMLA, method)
 
     def counted(self, *args, **kwargs):
         calls.append(self.layer_idx)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(modeling_deepseek.DeepseekMLA, method, counted)
+    monkeypatch.setattr(mla_deepseek.DeepseekMLA, method, counted)
     return calls

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from checks import assert_close, run_python
-from deepseek_repo import loading_deepseek, modeling_deepseek
+from deepseek_repo import loading_deepseek
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, FineGrainedFP8Config
@@ -151,7 +151,7 @@ def test_kept_in_transformers_own_layers(fp8_checkpoint, tmp_path, monkeypatch):
     folder, _ = fp8_checkpoint(moe_intermediate_size=2 * BLOCK)  # gate and up must not share a block
     original = load_file(folder / "model.safetensors")
     expected = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    monkeypatch.setattr(modeling_deepseek, "hardware_has_fp8", lambda device_map: True)
+    monkeypatch.setattr(loading_deepseek, "hardware_has_fp8", lambda device_map: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(finegrained_fp8, "fp8_linear", product)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from checks import ROOT, assert_close
-from deepseek_repo import modeling_deepseek
+from deepseek_repo import generation_deepseek
 from deepseek_repo.compat_deepseek import CACHE_NAME, CACHE_NAMES
 from tiny import FAMILIES, make_model, make_tokens
 from transformers import DynamicCache
@@ -81,7 +81,7 @@ def test_the_cache_by_either_name(family, name):
 
 
 def test_continuous_batching_is_refused_by_releases_without_it(monkeypatch):
-    monkeypatch.setattr(modeling_deepseek, "HAS_PAGED_CACHE", False)
+    monkeypatch.setattr(generation_deepseek, "HAS_PAGED_CACHE", False)
     with pytest.raises(ValueError, match=r"it came with 5\.19"):
         make_model("llama").init_continuous_batching()
 

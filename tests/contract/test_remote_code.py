@@ -23,22 +23,43 @@ from transformers import (
 
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*_deepseek.py"))}
 THIRD_PARTY = {"torch", "transformers", "safetensors"}  # the last one is in every installation of transformers
+KINDS = {"attention_deepseek", "cache_deepseek", "layers_deepseek"}
+SPARSE = {"kernels_deepseek", "selection_deepseek", "spans_deepseek"}
 # Who may import whom, beyond torch, transformers and the standard library.
 ALLOWED = {
     "configuration_deepseek": set(),
     "layers_deepseek": set(),
     "cache_deepseek": {"compat_deepseek"},
     "compat_deepseek": set(),
-    "loading_deepseek": {"compat_deepseek"},
-    "moe_deepseek": {"compat_deepseek", "layers_deepseek"},
-    "generation_deepseek": {"cache_deepseek", "compat_deepseek", "prefix_deepseek"},
+    "spans_deepseek": set(),
+    "selection_deepseek": set(),
+    "kernels_deepseek": set(),
+    "loading_deepseek": set(),
+    "losses_deepseek": set(),
+    "moe_deepseek": {"layers_deepseek"},
+    "generation_deepseek": {
+        "attention_deepseek",
+        "cache_deepseek",
+        "compat_deepseek",
+        "drafts_deepseek",
+        "prefix_deepseek",
+    },
+    "drafts_deepseek": {"attention_deepseek", "cache_deepseek", "compat_deepseek"},
     "prefix_deepseek": set(),
-    "nsa_kernels_deepseek": {"layers_deepseek"},
-    "dsa_kernels_deepseek": {"nsa_kernels_deepseek"},
-    "nsa_deepseek": {"layers_deepseek", "nsa_kernels_deepseek"},
-    "dsa_deepseek": {"layers_deepseek", "nsa_kernels_deepseek", "dsa_kernels_deepseek"},
+    # kinds of attention: what all share, what some share, each kind and its own kernels
+    "attention_deepseek": {"cache_deepseek", "compat_deepseek"},
+    "gqa_deepseek": {*KINDS, "compat_deepseek"},
+    "mla_deepseek": {*KINDS, "compat_deepseek"},
+    "dsa_deepseek": {*KINDS, *SPARSE, "mla_deepseek", "dsa_kernels_deepseek"},
+    "nsa_deepseek": {*KINDS, *SPARSE, "nsa_kernels_deepseek"},
+    "nsa_kernels_deepseek": {"kernels_deepseek", "selection_deepseek"},
+    "dsa_kernels_deepseek": {"kernels_deepseek"},
     "modeling_deepseek": set(MODULES) - {"modeling_deepseek"},
 }
+
+
+# Who may know a kind of attention by its name: the configuration, which says it, and the table of the kinds.
+NAMES_OF_KINDS = re.compile(r"""attention_kind\b|has_indexer|["'](?:gqa|mla|dsa|nsa)["']""")
 
 
 def imports(path: Path) -> list[tuple[ast.AST, int, str]]:
@@ -83,6 +104,22 @@ def test_siblings_are_flat_and_one_way(module):
             assert "." not in name, f"line {node.lineno}: sub-packages are not copied"
             assert name in ALLOWED[module.stem], f"line {node.lineno}: {module.stem} must not import {name}"
             assert node.col_offset == 0, f"line {node.lineno}: a guarded relative import is not guarded for the loader"
+
+
+def test_only_the_table_names_kinds_of_attention(module):
+    """Others ask the layers, so that a kind is added in one file and one line."""
+    found = [
+        f"line {number}: {line.strip()}"
+        for number, line in enumerate(module.read_text().splitlines(), start=1)
+        if NAMES_OF_KINDS.search(line)
+    ]
+    if module.stem == "configuration_deepseek":
+        return
+    if module.stem == "modeling_deepseek":
+        table = [line for line in found if "ATTENTION_KINDS = " in line]
+        assert len(table) == 1
+        found.remove(table[0])
+    assert not found
 
 
 def test_modeling_imports_every_sibling():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import assert_close
 from deepseek_repo import dsa_deepseek as dsa, nsa_deepseek as nsa
-from deepseek_repo.layers_deepseek import rank_places, ranked_places
+from deepseek_repo.selection_deepseek import rank_places, ranked_places
 from tiny import make_model, make_tokens
 from transformers import DynamicCache
 

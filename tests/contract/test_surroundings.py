@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 from checks import ROOT, assert_close
+from deepseek_repo.attention_deepseek import eager_attention_forward
 from deepseek_repo.compat_deepseek import StaticIndexedLayer
-from deepseek_repo.modeling_deepseek import eager_attention_forward
 from safetensors.torch import load_file
 from tiny import FAMILIES, make_model, make_tokens
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache

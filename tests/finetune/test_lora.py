@@ -340,6 +340,12 @@ def _train(model, callback, folder):
     return [record["expert_load"] for record in trainer.state.log_history if "loss" in record]
 
 
+def test_callback_refuses_copies_of_the_model(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="it sees 2 GPUs, which would be trained on by"):
+        _train(load("v3"), RouterBiasCallback(update_rate=0.5), tmp_path)
+
+
 def _biases(model):
     return {name: t.clone() for name, t in model.named_buffers() if name.endswith("e_score_correction_bias")}
 
@@ -362,7 +368,7 @@ def test_callback_under_peft_reads_the_load_without_changing_the_bias(load, tmp_
     assert len(_train(model, RouterBiasCallback(update_rate=0.0), tmp_path)) == 2
     assert all(torch.equal(bias, before[name]) for name, bias in _biases(model).items())
     with pytest.warns(UserWarning, match="not saved with the adapter"):
-        RouterBiasCallback().on_train_begin(None, None, None, model=model)
+        RouterBiasCallback().on_train_begin(TrainingArguments(tmp_path, use_cpu=True), None, None, model=model)
 
 
 def test_callback_finds_the_model_in_wrappers_and_explains_mistakes(load):

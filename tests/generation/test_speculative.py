@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from checks import assert_close
-from deepseek_repo import generation_deepseek as generation
+from deepseek_repo import drafts_deepseek as drafts
 from tiny import make_model, make_tokens, randomise
 from transformers import (
     AutoModelForCausalLM,
@@ -46,7 +46,7 @@ def oracle(monkeypatch):
     def install(prompt_width: int, continuations: torch.Tensor, quality: float):
         right = torch.rand(continuations.shape, generator=torch.Generator().manual_seed(1)) < quality
         wrong = (continuations + 1) % 128
-        choose = generation.Speculation._choose
+        choose = drafts.Speculation._choose
 
         def choose_from_oracle(self, number, logits):
             choose(self, number, logits)
@@ -56,7 +56,7 @@ def oracle(monkeypatch):
             self.ids.scatter_(1, places, tokens)
             return tokens[:, 0]
 
-        monkeypatch.setattr(generation.Speculation, "_choose", choose_from_oracle)
+        monkeypatch.setattr(drafts.Speculation, "_choose", choose_from_oracle)
 
     return install
 
@@ -249,7 +249,7 @@ class TestDrafts:
     def test_equal_to_whole_rows(self, family, chunk, oracle, monkeypatch):
         model, batch = mtp_model(family), padded_batch()
         num_drafts, seen = 4, []
-        original = generation.Speculation._choose
+        original = drafts.Speculation._choose
 
         def spy(self, number, logits):
             rows = [(row, self.ids[row, : self.lengths[row] + number].clone()) for row in range(3) if self.active[row]]
@@ -257,7 +257,7 @@ class TestDrafts:
             return original(self, number, logits)
 
         expected = model.generate(**batch, **GREEDY)
-        monkeypatch.setattr(generation.Speculation, "_choose", spy)
+        monkeypatch.setattr(drafts.Speculation, "_choose", spy)
         oracle(20, expected[:, 20:], 0.6)
         model.generate(**batch, mtp_tokens=num_drafts, prefill_chunk_size=chunk, **GREEDY)
         assert len(seen) > 8
@@ -524,8 +524,8 @@ class TestSettings:
         """One call for all places gives what one call for each length gives."""
         settings = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
         drawn = []
-        for place_wise in (generation._PLACE_WISE, ()):
-            monkeypatch.setattr(generation, "_PLACE_WISE", place_wise)
+        for place_wise in (drafts._PLACE_WISE, ()):
+            monkeypatch.setattr(drafts, "_PLACE_WISE", place_wise)
             torch.manual_seed(0)
             drawn.append(mtp_model("v3").generate(**padded_batch(), mtp_tokens=3, **settings))
         assert torch.equal(*drawn)
@@ -533,7 +533,7 @@ class TestSettings:
     def test_draws_in_proportion(self):
         torch.manual_seed(0)
         weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 4.0, 0.0])
-        drawn = generation._draw(weights.expand(40_000, -1))
+        drawn = drafts._draw(weights.expand(40_000, -1))
         shares = drawn.bincount(minlength=6) / len(drawn)
         assert torch.allclose(shares, weights / 8, atol=0.01)
         assert shares[weights == 0].sum() == 0

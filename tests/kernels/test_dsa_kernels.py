@@ -5,7 +5,8 @@ import tiny
 import torch
 from checks import assert_close
 from deepseek_repo import dsa_deepseek as dsa, dsa_kernels_deepseek as kernels
-from deepseek_repo.dsa_deepseek import IndexStates, LightningIndexer, VisibleTokens
+from deepseek_repo.dsa_deepseek import IndexStates, LightningIndexer
+from deepseek_repo.spans_deepseek import VisibleTokens
 
 
 @pytest.fixture(autouse=True)

@@ -43,8 +43,13 @@ def test_recall_is_what_slow_loops_count():
     model = make_model("v32", index_topk=topk)
     dense = make_model("v32", index_topk=100, attention="eager")  # the same weights
     index_states = []
+
+    def keep(attention, arguments, kwargs):
+        latent = attention.query_latent(*arguments)
+        index_states.append(attention.indexer(*arguments, latent, kwargs["position_embeddings"]))
+
     for layer in dense.model.layers[:3]:
-        layer.self_attn.indexer.register_forward_hook(lambda _module, _inputs, output: index_states.append(output))
+        layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
     positions = torch.tensor([[*range(9), *range(15)]])
     attentions = dense(tokens, position_ids=positions, use_cache=False, output_attentions=True).attentions
     visible = torch.ones(24, 24).tril().bool()

@@ -137,13 +137,13 @@ def test_other_caches_are_left_alone():
     model = make_model("v3")
     static = StaticCache(config=model.config, max_cache_len=8)
     before = [type(layer) for layer in static.layers]
-    use_growing_layers(static)  # by default not for latents
+    use_growing_layers(static, lambda index: GrowingLayer(), len(before))
     assert [type(layer) for layer in static.layers] == before
     filled = DynamicCache()
     filled.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
-    use_growing_layers(filled)
+    use_growing_layers(filled, lambda index: GrowingLayer(), 1)
     assert type(filled.layers[0]) is DynamicLayer
-    use_growing_layers(None)
+    use_growing_layers(None, lambda index: GrowingLayer(), 1)
 
 
 @pytest.mark.parametrize("repeats", [2, 3])

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from checks import assert_close
 from deepseek_repo import nsa_deepseek as nsa
-from deepseek_repo.nsa_deepseek import BlockCompressor, NSASizes, Span, find_documents
+from deepseek_repo.nsa_deepseek import BlockCompressor, NSASizes
+from deepseek_repo.spans_deepseek import Span, find_documents
 
 SIZES = {
     "overlapping": NSASizes(block=8, stride=4, select_block=16, num_select=4, num_init=1, num_local=2, window=12),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from deepseek_repo import modeling_deepseek
+from deepseek_repo import mla_deepseek
 from tiny import MLA_FAMILIES, make_model, make_tokens
 from transformers import StaticCache
 
@@ -19,8 +19,8 @@ def plain_attention(query, entries, mask, value_width):
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("worth_a_thread", [1, 2**16])
 def test_equals_plain_attention(monkeypatch, num_keys, threads, worth_a_thread):
-    monkeypatch.setattr(modeling_deepseek, "_count_threads", lambda: threads)
-    monkeypatch.setattr(modeling_deepseek, "_PART_PRODUCTS", worth_a_thread)
+    monkeypatch.setattr(mla_deepseek, "_count_threads", lambda: threads)
+    monkeypatch.setattr(mla_deepseek, "_PART_PRODUCTS", worth_a_thread)
     query = torch.randn(2, 6, 20) / 4
     entries = torch.randn(2, 1500, 20)[:, :num_keys]  # rows further apart than they are long, as in a cache
     one_row = torch.rand(2, 1, 1, num_keys) < 0.5
@@ -33,7 +33,7 @@ def test_equals_plain_attention(monkeypatch, num_keys, threads, worth_a_thread):
         if mask is not None:
             masks.append(torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min))
         for form in masks:
-            actual = modeling_deepseek.attend_side_by_side(query, entries, form, 12)
+            actual = mla_deepseek.attend_side_by_side(query, entries, form, 12)
             assert torch.allclose(actual.double(), expected, atol=1e-5)
 
 
@@ -48,8 +48,8 @@ def test_decoding_uses_it_and_stays_the_same(family, kind, monkeypatch):
         calls.append(arguments)
         return function(*arguments)
 
-    function = modeling_deepseek.attend_side_by_side
-    monkeypatch.setattr(modeling_deepseek, "attend_side_by_side", counted)
+    function = mla_deepseek.attend_side_by_side
+    monkeypatch.setattr(mla_deepseek, "attend_side_by_side", counted)
     for attention_mask in (None, mask):
         positions = torch.arange(12)[None] if attention_mask is None else (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
