@@ -36,7 +36,7 @@ with extra("serve"):
     from rich.text import Text
 
 if TYPE_CHECKING:
-    from common.conversation import Chat, Piece
+    from serving.conversation import Chat, Piece
 
 try:
     import readline  # gives `input` history, editing, pasted lines as one text, and lines above 4,096 bytes
@@ -232,7 +232,7 @@ def answer_once(chat: "Chat", text: str) -> int:
     Raises:
         ValueError: the text does not fit the context, or is no Unicode text.
     """
-    from common.conversation import FINISHED
+    from serving.conversation import FINISHED
 
     visible = _VISIBLE if sys.stdout.isatty() else {}
     with closing(chat.answer(text)) as pieces:
@@ -376,7 +376,7 @@ def load_chat(args: argparse.Namespace, settings: Settings, tools: list[dict] | 
         from transformers.utils import logging
 
         from common import loading
-        from common.conversation import Chat
+        from serving.conversation import Chat
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -27,8 +27,8 @@ from transformers.utils import cached_file
 from common.extras import extra
 from common.hub import check_hub
 from common.names import check_model_name
+from common.remote_code import AUTO_MAP
 from configuration_deepseek import FAMILY_DEFAULTS
-from tools.add_remote_code import AUTO_MAP
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

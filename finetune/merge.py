@@ -38,10 +38,10 @@ with extra("train"):
     from common.card import model_name
     from common.hub import local_folder
     from common.loading import load_config, new_model
+    from common.rewrite import refuse_existing, tensor_files, write_checkpoint
     from finetune.experts import ESFT_WEIGHTS, read_esft
     from finetune.lora import AdapterFiles, check_fits
     from loading_deepseek import CheckpointFiles, dequantised_state_dict
-    from tools.convert import refuse_existing, tensor_files, write_checkpoint
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 

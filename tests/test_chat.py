@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 import chat as program
 from chat import Terminal
-from common import conversation, loading
-from common.conversation import Chat, Piece
+from common import loading
 from common.loading import model_class
 from common.settings import Settings
 from finetune.lora import add_lora
+from serving import conversation
+from serving.conversation import Chat, Piece
 from tokenization.safe_chat import encode_chat
 from tools import prefix
 

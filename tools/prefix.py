@@ -61,8 +61,8 @@ check_early(__name__, lambda: check(build_parser().parse_args()))
 with extra("serve"):
     from transformers.utils import logging
 
-    from common.conversation import Chat
     from common.loading import load
+    from serving.conversation import Chat
 
 
 def main(argv: list[str] | None = None) -> int:
