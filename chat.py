@@ -5,6 +5,7 @@
     python chat.py --adapter runs/my-adapter              # a PEFT adapter on its base model
     python chat.py --prompt "One question"                # one answer, for scripts
     python chat.py --prompt "Summarise this:" - < text.txt
+    python chat.py --prefix manual.safetensors            # a long text, read before (python -m tools.prefix)
 
 Answers stream as they are written, thinking apart and dim. Ctrl-C stops an answer and keeps what there is of it; `/help`
 lists the commands. The cache of the chat is kept, so a turn reads only the tokens that are new. What is typed or loaded
@@ -35,7 +36,7 @@ with extra("serve"):
     from rich.text import Text
 
 if TYPE_CHECKING:
-    from common.conversation import Chat, Piece
+    from serving.conversation import Chat, Piece
 
 try:
     import readline  # gives `input` history, editing, pasted lines as one text, and lines above 4,096 bytes
@@ -231,7 +232,7 @@ def answer_once(chat: "Chat", text: str) -> int:
     Raises:
         ValueError: the text does not fit the context, or is no Unicode text.
     """
-    from common.conversation import FINISHED
+    from serving.conversation import FINISHED
 
     visible = _VISIBLE if sys.stdout.isatty() else {}
     with closing(chat.answer(text)) as pieces:
@@ -270,6 +271,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device", help="for instance cpu, cuda or auto (default: cpu)")
     chat = parser.add_argument_group("chat")
     chat.add_argument("--system", help="system message")
+    chat.add_argument(
+        "--prefix", type=Path, metavar="FILE", help="begin with the text of a file that tools.prefix wrote"
+    )
     chat.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of functions that the model may call")
     chat.add_argument("--load", type=Path, metavar="FILE", help="go on with a chat that /save wrote")
     chat.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="think before answering (default: no)")
@@ -330,9 +334,15 @@ def main(argv: list[str] | None = None) -> int:
         tools = None if args.tools is None else read_tools(args.tools)
         if args.load is not None and not args.load.is_file():
             raise ValueError(f"--load {args.load}: there is no such file")
+        if args.prefix is not None and not args.prefix.is_file():
+            raise ValueError(f"--prefix {args.prefix}: there is no such file; make one with python -m tools.prefix")
+        if args.prefix is not None and (args.system is not None or args.load is not None):
+            raise ValueError("--prefix has a system message of its own; leave --system and --load away")
         prompt = read_prompt(args.prompt)
         print(f"loading {args.model or args.adapter or 'the model of this repository'} ...", file=sys.stderr)
         chat = load_chat(args, settings, tools)
+        if args.prefix is not None:
+            chat.load_prefix(args.prefix)
         if args.load is not None:
             chat.load(args.load)
             chat.settings = replace(chat.settings, **given)
@@ -366,7 +376,7 @@ def load_chat(args: argparse.Namespace, settings: Settings, tools: list[dict] | 
         from transformers.utils import logging
 
         from common import loading
-        from common.conversation import Chat
+        from serving.conversation import Chat
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -17,8 +17,9 @@ import torch
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.common import RESULTS, describe_machine, save_checkpoint, write_results
+from benchmarks.common import RESULTS, save_checkpoint, write_results
 from common.command import run_command
+from common.machine import describe_machine
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -18,8 +18,9 @@ import torch
 from matplotlib import pyplot as plt
 from transformers.utils import logging
 
-from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from benchmarks.common import RESULTS, ROOT, write_results
 from common.loading import load_config, load_model, load_tokenizer
+from common.machine import describe_machine
 from compress.calibration import read_calibration
 from compress.layers import LayerByLayer
 from compress.prune import Measurement, Pruning, measure, pruned_config, unseen_experts

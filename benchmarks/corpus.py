@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot
 
-from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from benchmarks.common import RESULTS, ROOT, write_results
 from common.command import run_command
+from common.machine import describe_machine
 from corpus.deduplicate import Options
 from corpus.signatures import BACKENDS, candidate_probability
 from tokenization.documents import read_documents

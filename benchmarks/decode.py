@@ -31,7 +31,6 @@ from transformers.utils import logging
 
 from benchmarks.common import (
     RESULTS,
-    describe_machine,
     interleave,
     measure_bandwidth,
     save_checkpoint,
@@ -39,6 +38,7 @@ from benchmarks.common import (
     write_results,
 )
 from common.command import run_command
+from common.machine import describe_machine
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -21,9 +21,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.utils import logging
 
-from benchmarks.common import describe_machine, interleave, save_checkpoint, summarise, write_results
+from benchmarks.common import interleave, save_checkpoint, summarise, write_results
 from benchmarks.decode import CONFIG
 from common.command import run_command
+from common.machine import describe_machine
 
 USUAL_TARGETS = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STACKED_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -26,9 +26,10 @@ import torch
 from matplotlib import pyplot as plt
 from transformers import TrainerCallback
 
-from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from benchmarks.common import RESULTS, ROOT, write_results
 from benchmarks.decode import resident_kib
 from common.command import run_command
+from common.machine import describe_machine
 from finetune.config import SFTOptions, make_options
 from finetune.data import read_examples, write_jsonl
 from finetune.models import trainable_parameters

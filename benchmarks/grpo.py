@@ -10,8 +10,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from benchmarks.common import RESULTS, ROOT, write_results
 from common.command import run_command
+from common.machine import describe_machine
 from finetune import grpo, sft
 from finetune.config import GRPOOptions, SFTOptions, make_options
 from finetune.data import write_jsonl

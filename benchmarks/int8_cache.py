@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
-from benchmarks.common import ROOT, describe_machine, write_results
+from benchmarks.common import ROOT, write_results
 from common.command import run_command
+from common.machine import describe_machine
 from pretrain.data import load_held_out
 from pretrain.evaluate import bits_per_byte
 

@@ -32,9 +32,10 @@ from torch import nn
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.common import RESULTS, ROOT, describe_machine, write_results
+from benchmarks.common import RESULTS, ROOT, write_results
 from benchmarks.recall import RecallBatch, hide_passkeys, recall_vocab_size, room_for_passkeys
 from common.command import run_command
+from common.machine import describe_machine
 from pretrain.data import INDEX_NAME, PretrainingData, batch_of, load_held_out
 from tools import add_indexer, upcycle_nsa
 

@@ -32,9 +32,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from benchmarks.common import ROOT, describe_machine, interleave, save_checkpoint, write_results
+from benchmarks.common import ROOT, interleave, save_checkpoint, write_results
 from benchmarks.decode import CONFIG as DECODE_CONFIG
 from common.command import run_command
+from common.machine import describe_machine
 from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
 PARTS = ("tokenizer", "root", "families", "speed")

@@ -21,9 +21,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers.utils import logging
 
-from benchmarks.common import describe_machine, interleave, save_checkpoint, summarise, write_results
+from benchmarks.common import interleave, save_checkpoint, summarise, write_results
 from benchmarks.decode import CONFIG, LOADERS, resident_kib
 from common.command import run_command
+from common.machine import describe_machine
 from finetune.lora import lora_config
 from finetune.models import trainable_parameters
 

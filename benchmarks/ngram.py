@@ -39,8 +39,9 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import write_results
 from common.command import run_command
+from common.machine import describe_machine
 from pretrain.data import INDEX_NAME, TOKEN_DTYPE
 from pretrain.evaluate import bits_per_byte, check_same_tokenizer
 

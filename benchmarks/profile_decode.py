@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from benchmarks.common import ROOT, describe_machine, interleave, write_results
+from benchmarks.common import ROOT, interleave, write_results
+from common.machine import describe_machine
 
 PROMPT, NEW = 512, 64
 SETTINGS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, TorchAoConfig
 from transformers.utils import logging
 
-from benchmarks.common import ROOT, describe_machine, interleave, summarise, write_results
+from benchmarks.common import ROOT, interleave, summarise, write_results
 from common.command import run_command
+from common.machine import describe_machine
 from pretrain.data import load_held_out
 from pretrain.evaluate import bits_per_byte, held_out_nll
 

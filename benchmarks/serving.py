@@ -22,9 +22,10 @@ from pathlib import Path
 
 import openai
 
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import write_results
 from benchmarks.places import ROOT
 from common.command import run_command
+from common.machine import describe_machine
 
 FIELDS = {"temperature": 0.8, "top_p": 0.95, "extra_body": {"top_k": 200}, "stop": ["\u0000"]}
 

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, DynamicCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from benchmarks.common import RESULTS, describe_machine, interleave, save_checkpoint, summarise, write_results
+from benchmarks.common import RESULTS, interleave, save_checkpoint, summarise, write_results
 from common.command import run_command
+from common.machine import describe_machine
 
 HEADS, WIDTH = 16, 64
 LENGTHS = [4096, 8192, 16384, 32768, 65536]

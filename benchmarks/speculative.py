@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.common import ROOT, describe_machine, interleave, summarise, write_results
+from benchmarks.common import ROOT, interleave, summarise, write_results
 from common.command import run_command
+from common.machine import describe_machine
 
 PROMPTS = (
     "It was a dark night, and the old house stood alone on the hill. She looked out of the window and",

@@ -25,9 +25,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 
 from common.extras import extra
+from common.hub import check_hub
 from common.names import check_model_name
+from common.remote_code import AUTO_MAP
 from configuration_deepseek import FAMILY_DEFAULTS
-from tools.add_remote_code import AUTO_MAP
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -50,6 +51,7 @@ def load_config(name: str | Path, trust_remote_code: bool = False) -> PreTrained
         OSError: there is no such model.
     """
     check_model_name(name, "model")
+    check_hub(name)
     try:
         if trust_remote_code:
             return AutoConfig.from_pretrained(name, trust_remote_code=True)
@@ -122,6 +124,7 @@ def load(
     check_device(device)
     if adapter is not None:
         check_model_name(adapter, "adapter")
+        check_hub(adapter, "adapter_config.json")
         with extra("serve"):
             from peft import PeftConfig, PeftModel
 

@@ -26,14 +26,15 @@ with extra("train"):
     from matplotlib import pyplot as plt
     from transformers import DynamicCache, PreTrainedModel
 
+    from common.costs import Part
+    from common.economics import model_parts
     from common.loading import load_model, load_tokenizer
+    from common.remote_code import read_config, write_json
+    from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.report import image, png, table
     from compress.rewrite import Source, local_folder
     from pretrain.evaluate import bits_per_byte
-    from tools.add_remote_code import read_config, write_json
-    from tools.convert import refuse_existing, resolve_config
-    from tools.plan import Part, model_parts
 
 _DECODED, _CONTEXT = 16, 64  # tokens that are timed, after so many
 

@@ -28,7 +28,11 @@ with extra("train"):
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    from common.costs import Part
+    from common.economics import model_parts, mtp_part
     from common.loading import load_tokenizer
+    from common.remote_code import read_config, write_json
+    from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.layers import LayerByLayer
     from compress.report import write_report
@@ -44,9 +48,6 @@ with extra("train"):
     )
     from compress.scores import FIELDS, SCORES, choose, score, sum_visits
     from configuration_deepseek import DeepseekConfig
-    from tools.add_remote_code import read_config, write_json
-    from tools.convert import refuse_existing, resolve_config
-    from tools.plan import Part, model_parts, mtp_part
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")

@@ -26,11 +26,11 @@ with extra("train"):
     from safetensors import safe_open
 
     from common.loading import load_tokenizer
+    from common.remote_code import read_config
+    from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.integers import METHODS, write_integers
     from compress.rewrite import Job, Source, Tensor, check_space, digest, explain_interruption, local_folder
-    from tools.add_remote_code import read_config
-    from tools.convert import refuse_existing, resolve_config
 
 BLOCK = 128
 LARGEST = 448.0  # of E4M3

@@ -20,9 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from common.remote_code import AUTO_MAP, code_files, write_json
+from common.rewrite import refuse_existing
 from loading_deepseek import CheckpointFiles
-from tools.add_remote_code import AUTO_MAP, code_files, write_json
-from tools.convert import refuse_existing
 
 _COPIED_AT_ONCE = 2**24  # bytes
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}

@@ -130,8 +130,13 @@ class CommonOptions:
     seed: int = option(0, "of adapters, data order, dropout and sampling", "training", low=0)
 
     eval_steps: int | None = option(
-        None, "evaluate every so many steps; without it ten times a run", "evaluation", low=1, unit="steps"
-    )
+        None, "evaluate every so many steps; without it up to ten times, in about a tenth of the time", "evaluation",
+        low=1, unit="steps",
+    )  # fmt: skip
+    eval_examples: int | None = option(
+        None, "held-out examples of an evaluation, the first ones; without it all with --eval-steps, else as many as "
+        "its share of the time allows", "evaluation", low=1, unit="examples",
+    )  # fmt: skip
     task_data: list[str] = option((), "file of questions whose answers are generated and compared", "evaluation")
     answer_tokens: int = option(64, "longest generated answer", "evaluation", low=1, unit="tokens")
     answer_kind: str = option(

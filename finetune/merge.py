@@ -31,17 +31,17 @@ check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
-    from huggingface_hub import snapshot_download
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
     from safetensors import safe_open
 
     from common.card import model_name
+    from common.hub import local_folder
     from common.loading import load_config, new_model
+    from common.rewrite import refuse_existing, tensor_files, write_checkpoint
     from finetune.experts import ESFT_WEIGHTS, read_esft
     from finetune.lora import AdapterFiles, check_fits
     from loading_deepseek import CheckpointFiles, dequantised_state_dict
-    from tools.convert import refuse_existing, tensor_files, write_checkpoint
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -176,11 +176,6 @@ def merge(source: Path, adapter: Path, output: Path) -> None:
 
     what = f"{model_name(source)} with the result `{adapter.resolve().name}` of a fine-tuning merged in (`finetune.merge`)."
     write_checkpoint(source, output, config, shard_of, change, what)
-
-
-def local_folder(model: str) -> Path:
-    """The folder of a model; one that is named as on the Hub is fetched. Raises OSError: there is none."""
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
 
 
 # ---------------------------------------------------------------- command line

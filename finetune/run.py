@@ -44,6 +44,7 @@ from finetune.experts import finish_expert_training, measure_routing
 from finetune.lora import check_adapters, describe_adapters
 from finetune.models import describe_trainable, load_model, prepare
 from finetune.report import Report, write_card, write_report
+from finetune.schedule import EVALUATIONS, EvaluateSometimes, EvaluationPlan, plan_evaluations
 from finetune.trainers import DeepseekTrainerMixin, last_checkpoint, save_result
 
 _SAMPLES = 5  # answers shown before and after
@@ -121,6 +122,9 @@ def _fine_tune(
         task.mtp_loss,
         options.trust_remote_code,
     )
+    plan = _plan_evaluations(options, task, examples, held_out, task_examples, tokenizer)
+    num_held_out, num_tasks = len(held_out), len(task_examples)
+    held_out, task_examples = held_out[: plan.examples], task_examples[: plan.task_examples]
     train_data, eval_data = task.dataset(examples, tokenizer), task.dataset(held_out, tokenizer)
 
     def routing_on(some: list[dict]):
@@ -137,7 +141,7 @@ def _fine_tune(
         eval_dataset=eval_data,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=_callbacks(options, model, callbacks),
+        callbacks=_callbacks(options, model, plan, callbacks),
         **task.trainer_kwargs,
     )
     trainer.remove_callback(PrinterCallback)
@@ -152,9 +156,11 @@ def _fine_tune(
         check_adapters(trainer.model, options.targets, bool(task.mtp_loss))
         trained = describe_adapters(trainer.model) + "\n" + describe_trainable(trainer.model)
     console.print(trained, highlight=False, markup=False)
-    console.print(f"{len(examples)} examples to train on, {len(held_out)} held out", highlight=False)
+    console.print(f"{len(examples)} examples to train on, {num_held_out} held out", highlight=False)
+    evaluated = _describe_evaluations(options, plan, num_held_out, num_tasks)
+    console.print(evaluated, highlight=False, markup=False)
 
-    report = Report(options=asdict(options), trained=trained)
+    report = Report(options=asdict(options), trained=f"{trained}\n{evaluated}")
     # A sharded model lives only inside the trainer's loop, so the extra looks at it are for the others.
     if whole:
         report.routing_before = routing_on(held_out[:_ROUTING_ROWS])
@@ -235,7 +241,7 @@ def _arguments(options: CommonOptions, task: Task):
     trackers = [name for name in options.track if name != "none"]
     if "wandb" in trackers and not is_wandb_available():
         raise ValueError("track has 'wandb', which is not installed; pip install wandb or leave it out")
-    eval_steps = options.eval_steps or 0.1  # a share: ten times a run
+    eval_steps = options.eval_steps or 1 / EVALUATIONS  # a share of the run; EvaluateSometimes may choose a larger one
     save_steps = options.save_steps or eval_steps
     if options.save_steps and (not options.eval_steps or options.save_steps % options.eval_steps):
         raise ValueError(
@@ -281,7 +287,43 @@ def _arguments(options: CommonOptions, task: Task):
     )
 
 
-def _callbacks(options: CommonOptions, model: nn.Module, more: tuple[TrainerCallback, ...]) -> list[TrainerCallback]:
+def _plan_evaluations(
+    options: CommonOptions, task: Task, examples, held_out, task_examples, tokenizer: PreTrainedTokenizerBase
+) -> EvaluationPlan:
+    """What the options say of evaluations; what they leave open is chosen by the length of the run."""
+    if options.eval_steps or options.eval_examples:
+        number = min(options.eval_examples or len(held_out), len(held_out))
+        return EvaluationPlan(EVALUATIONS, number, len(task_examples))
+    rows = render_all([_as_chat(example) for example in held_out[:_ROUTING_ROWS]], tokenizer, options.max_tokens)
+    length = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    trained = options.epochs * len(examples)
+    if options.steps:
+        trained = options.steps * options.batch_size * options.accumulation_steps * PartialState().num_processes
+        if task.arguments.get("packing"):
+            trained *= max(1.0, options.max_tokens / length)
+    generates = task.best_metric[0] == "reward"
+    if generates:  # a batch holds several answers to each of its questions
+        trained /= options.generations if options.steps else 1
+    return plan_evaluations(
+        trained, len(held_out), len(task_examples), length, options.answer_tokens, generates=generates
+    )
+
+
+def _describe_evaluations(options: CommonOptions, plan: EvaluationPlan, held_out: int, tasks: int) -> str:
+    """One line for the terminal and the report."""
+    what = f"{plan.examples} of {held_out} held-out examples"
+    if tasks:
+        what += f" and {plan.task_examples} of {tasks} questions"
+    if options.eval_steps:
+        return f"evaluated every {options.eval_steps} steps on {what}"
+    share = "" if options.eval_examples else ", so that this takes about a tenth of the time or less"
+    times = f"{plan.times} times" if plan.times > 1 else "at the end"
+    return f"evaluated {times} on {what}{share} (--eval-steps, --eval-examples)"
+
+
+def _callbacks(
+    options: CommonOptions, model: nn.Module, plan: EvaluationPlan, more: tuple[TrainerCallback, ...]
+) -> list[TrainerCallback]:
     callbacks = []
     if getattr(model.config, "n_routed_experts", None):
         callbacks.append(RouterBiasCallback(options.router_bias_rate))  # first, since it adds to what others show
@@ -289,6 +331,7 @@ def _callbacks(options: CommonOptions, model: nn.Module, more: tuple[TrainerCall
         raise ValueError(f"router_bias_rate is {options.router_bias_rate}, but the model has no routed experts")
     callbacks += list(more) or [ProgressBar()]
     callbacks += [] if options.log_steps else [LogOften()]
+    callbacks += [] if options.eval_steps else [EvaluateSometimes(plan.times)]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(options.early_stopping))
     return callbacks

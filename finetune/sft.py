@@ -26,9 +26,10 @@ with extra("train"):
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
+    from common.hub import local_folder
     from finetune.data import preview, render_all, warn_of_lost_text
     from finetune.distil import DistillationTrainer, load_teacher
-    from finetune.merge import local_folder, merge
+    from finetune.merge import merge
     from finetune.run import Task, command, fine_tune
     from finetune.trainers import DeepseekSFTTrainer
 

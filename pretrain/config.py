@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.command import check_early, run_command
 from common.extras import extra
+from common.hardware import GPUS
 from common.outputs import refuse_existing
 
 MODEL_TYPES = {
@@ -46,11 +47,7 @@ check_early(__name__, lambda: build_parser().parse_args())
 with extra("tools"):
     from tokenizers import Tokenizer
 
-    from configuration_deepseek import _ARCHITECTURE_PREFIX
-    from tools.add_remote_code import AUTO_MAP, write_json
-    from tools.convert import resolve_config
-    from tools.plan import (
-        GPUS,
+    from common.economics import (
         model_parts,
         mtp_flops,
         mtp_part,
@@ -60,6 +57,9 @@ with extra("tools"):
         training_flops,
         training_memory,
     )
+    from common.remote_code import AUTO_MAP, write_json
+    from common.rewrite import resolve_config
+    from configuration_deepseek import _ARCHITECTURE_PREFIX
 
 WIDTH_OF_A_LAYER = 48  # hidden size over layers; at a width of 256 these are 5 layers
 CORE_FLOPS = 1e11  # what the training of this repository's checkpoint made of a core with AVX-512 (docs/checkpoint.md)

@@ -251,6 +251,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless the tokenizer fits uint16 shards and starts a text with exactly one bos."""
     if len(tokenizer) > 1 << 16:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens; uint16 shards hold ids below 65536")
+    check_bos(tokenizer)
+
+
+def check_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless the tokenizer starts a text with exactly one bos, and ends it without eos."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = tokenizer("text")["input_ids"]
     if bos is None or eos is None or ids[:1] != [bos] or ids.count(bos) != 1 or eos in ids:
@@ -440,6 +445,48 @@ def load_held_out(folder: Path, window_tokens: int, max_tokens: int | None = Non
         stream = np.memmap(folder / entry["held_out"]["shards"][0]["file"], dtype=TOKEN_DTYPE, mode="r")[:num_tokens]
         held_out[language] = _windows(stream, window_tokens, index["eos_token_id"], num_bytes)
     return held_out
+
+
+def load_held_out_text(
+    folder: Path,
+    window_tokens: int,
+    max_tokens: int | None,
+    data_tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, HeldOut]:
+    """The held-out documents of `load_held_out` as windows of another tokenizer: the same text, hence the same bytes.
+
+    Args:
+        folder, window_tokens, max_tokens: as of `load_held_out`; `max_tokens` counts tokens of the data.
+        data_tokenizer: that made the data.
+        tokenizer: of the windows.
+
+    Raises:
+        ValueError: `tokenizer` puts no bos in front, or `data_tokenizer` does not give the documents back.
+    """
+    check_bos(tokenizer)
+    encode, index = PlainEncoder(tokenizer), json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    found = {}
+    for language, held_out in load_held_out(folder, max(window_tokens, 2), max_tokens).items():
+        sizes = index["languages"][language]["held_out"]["document_sizes"]
+        tokens = np.memmap(
+            folder / index["languages"][language]["held_out"]["shards"][0]["file"], dtype=TOKEN_DTYPE, mode="r"
+        )
+        stream, start = [], 0
+        for document_tokens, document_bytes in sizes:
+            if start > held_out.num_targets:  # the documents that `max_tokens` left in end here
+                break
+            text = data_tokenizer.decode(tokens[start + 1 : start + document_tokens - 1].tolist())
+            if len(text.encode("utf-8")) != document_bytes:
+                raise ValueError(
+                    f"a held-out document of {language!r} has {document_bytes} bytes, but its tokens decode to "
+                    f"{len(text.encode('utf-8'))}; the tokenizer of {folder} does not give texts back as they were"
+                )
+            stream += [tokenizer.bos_token_id, *encode(text), tokenizer.eos_token_id]
+            start += document_tokens
+        windows = _windows(np.asarray(stream), window_tokens, tokenizer.eos_token_id, held_out.num_bytes)
+        found[language] = windows
+    return found
 
 
 def _windows(stream: np.ndarray, window_tokens: int, fill: int, num_bytes: int) -> HeldOut:

@@ -36,8 +36,8 @@ with extra("train"):
     from transformers import PreTrainedModel
 
     from common.loading import load_config, new_model
+    from common.remote_code import AUTO_MAP, code_files
     from pretrain.cost import body_parameters
-    from tools.add_remote_code import AUTO_MAP, code_files
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

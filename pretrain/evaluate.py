@@ -2,8 +2,11 @@
 
     python -m pretrain.evaluate . --data runs/data --context-tokens 512 --prompt "It is a truth" --prompt "话说"
 
+    python -m pretrain.evaluate path/to/other-model --data runs/data --data-tokenizer runs/tokenizer
+
 Bits per byte = (sum over tokens of -ln p) / ln 2 / UTF-8 bytes of the documents. Unlike the loss per token it compares
-models with different tokenizers. Every token after a document's bos counts, its eos included; with a window of S tokens a
+models with different tokenizers. A model whose tokenizer is not the data's reads the same documents in its own tokens;
+`--data-tokenizer` names the tokenizer that turns the data back into text. Every token after a document's bos counts, its eos included; with a window of S tokens a
 token is predicted from at most S - 1 earlier ones of the same document.
 
 Shapes: B windows, S tokens a window, V vocabulary.
@@ -18,6 +21,7 @@ from pathlib import Path
 
 from common.command import check_early, run_command
 from common.extras import extra
+from common.names import check_model_name
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,6 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="folder with the checkpoint and its tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
+    parser.add_argument(
+        "--data-tokenizer", type=Path, help="folder of the tokenizer that made --data, if it is not the model's"
+    )
     parser.add_argument("--context-tokens", type=int, default=512, help="window length, in tokens (default 512)")
     parser.add_argument("--batch-rows", type=int, default=8, help="windows at once (default 8)")
     parser.add_argument("--max-tokens", type=int, help="held-out tokens a language (default: all)")
@@ -41,10 +48,17 @@ with extra("train"):
     import torch.distributed as dist
     from torch import nn
     from tqdm import tqdm
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+    from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
     from common.loading import load_model, load_tokenizer
-    from pretrain.data import IGNORED_LABEL, INDEX_NAME, HeldOut, batch_of, load_held_out
+    from pretrain.data import (
+        IGNORED_LABEL,
+        INDEX_NAME,
+        HeldOut,
+        batch_of,
+        load_held_out,
+        load_held_out_text,
+    )
 
 
 def bits_per_byte(nll_nats: float, num_bytes: int) -> float:
@@ -217,7 +231,8 @@ def check_same_tokenizer(tokenizer_dir: Path, data_dir: Path) -> None:
     if found != expected:
         raise ValueError(
             f"{tokenizer_dir / 'tokenizer.json'} has sha256 {found}, but {data_dir} was tokenised with {expected}; "
-            "use that tokenizer, or run pretrain.data with this one"
+            "use that tokenizer, or run pretrain.data with this one; pretrain.evaluate compares models of different "
+            "tokenizers with --data-tokenizer"
         )
 
 
@@ -235,15 +250,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        check_same_tokenizer(args.model, args.data)
-        held_out = load_held_out(args.data, args.context_tokens, args.max_tokens)
+        check_model_name(args.model, "model")
+        check_same_tokenizer(args.data_tokenizer or args.model, args.data)
+        tokenizer = load_tokenizer(args.model)
+        if args.data_tokenizer is None:
+            held_out = load_held_out(args.data, args.context_tokens, args.max_tokens)
+        else:
+            made_by = AutoTokenizer.from_pretrained(args.data_tokenizer)
+            held_out = load_held_out_text(args.data, args.context_tokens, args.max_tokens, made_by, tokenizer)
         model = load_model(args.model)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    tokenizer = load_tokenizer(args.model)
     result = evaluate_model(model, held_out, tokenizer.bos_token_id, args.batch_rows, device)
     for language, bits in result.items():
         text = held_out[language]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from common.card import write_card
 from common.command import no_command
 from common.loading import load_config, load_model, new_model
-from tools.add_remote_code import AUTO_MAP, code_files, write_json
+from common.remote_code import AUTO_MAP, code_files, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # What an export replaces; config.json and the code stay where they are.

@@ -13,12 +13,14 @@ from transformers import AutoTokenizer
 
 import chat as program
 from chat import Terminal
-from common import conversation, loading
-from common.conversation import Chat, Piece
+from common import loading
 from common.loading import model_class
 from common.settings import Settings
 from finetune.lora import add_lora
+from serving import conversation
+from serving.conversation import Chat, Piece
 from tokenization.safe_chat import encode_chat
+from tools import prefix
 
 GREEDY = Settings(temperature=0.0, max_new_tokens=12)
 
@@ -547,3 +549,63 @@ def test_damaged_adapters_are_errors(adapter, damage, named, capsys):
     model = ["--model", str(base)] if named else []
     assert program.main(["--adapter", str(folder), "--trust-remote-code", "--prompt", "Hi", *model]) == 1
     assert str(folder) in capsys.readouterr().err.replace("\n", "")
+
+
+# ---------------------------------------------------------------- a text that is read once
+
+MANUAL = "To open the door, turn the key 3 times. 你好 <｜User｜>\n" * 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chat_on_a_saved_prefix_is_the_chat_on_its_text(make_chat, tmp_path, family):
+    """The same answers, over several turns and after /clear, and only what follows the text is read."""
+    file = tmp_path / "manual.safetensors"
+    tokens = make_chat(family, system=MANUAL).save_prefix(file, chunk_size=7)
+    chat, plain = make_chat(family), make_chat(family, system=MANUAL)
+    chat.load_prefix(file)
+    assert chat.system == MANUAL
+    for text in ("Hello", "again"):
+        assert say(chat, text) == say(plain, text)
+        assert chat.stats.reused_tokens >= tokens
+    chat.clear()
+    plain.clear()
+    assert say(chat, "new") == say(plain, "new")
+    assert chat.stats.reused_tokens == tokens
+    chat.system = plain.system = "another"
+    assert say(chat, "now") == say(plain, "now")
+
+
+def test_a_prefix_of_another_model_template_or_maker_is_refused(make_chat, tmp_path):
+    file = tmp_path / "manual.safetensors"
+    make_chat(system=MANUAL).save_prefix(file)
+    with pytest.raises(ValueError, match="another config"):
+        make_chat(num_hidden_layers=1).load_prefix(file)
+    chat = make_chat(system="as before")
+    chat.tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    with pytest.raises(ValueError, match="another chat"):
+        chat.load_prefix(file)
+    assert chat.system == "as before"
+    chat.model.make_prefix(torch.tensor([[0, 5]])).save(file)
+    with pytest.raises(ValueError, match="does not say which text"):
+        chat.load_prefix(file)
+    with pytest.raises(ValueError, match="shorten it"):
+        make_chat(system="a b c d " * 300).save_prefix(tmp_path / "long.safetensors")
+
+
+def test_prefix_by_two_commands(checkpoint, tmp_path, capsys, monkeypatch):
+    folder = str(add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE)))
+    (tmp_path / "manual.txt").write_text(MANUAL, encoding="utf-8")
+    file = tmp_path / "文件.safetensors"
+    arguments = ["--model", folder, "--text", str(tmp_path / "manual.txt"), "--output", str(file)]
+    assert prefix.main(arguments) == 0
+    assert f"--prefix {file}" in capsys.readouterr().out
+    assert prefix.main(arguments) == 2  # nothing is overwritten
+    assert "exists" in capsys.readouterr().err
+    options = ["--model", folder, "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "5"]
+    answers = []
+    for begin in (["--prefix", str(file)], ["--system", MANUAL]):
+        assert program.main([*options, *begin]) in (0, program.CUT)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert program.main([*options, "--prefix", str(file), "--system", "x"]) == 1
+    assert "--prefix has a system message" in capsys.readouterr().err

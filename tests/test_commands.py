@@ -84,6 +84,62 @@ def test_every_command_names_the_next_one(module):
     assert module in ("chat", "serve") or "next: " in text
 
 
+NOWHERE = "没有 nothing"  # a name with a blank, not ASCII, of no file or folder
+# Of each command, options of which one names what is not there; {file} is there, and {new} a place to write.
+UNKNOWN = {
+    "chat": ["--model", NOWHERE, "--prompt", "x"],
+    "demo": ["--model", NOWHERE],
+    "serve": ["--model", NOWHERE],
+    "corpus.deduplicate": [NOWHERE, "--output", "{new}"],
+    "corpus.split": [NOWHERE, "--output", "{new}"],
+    "finetune.dpo": ["--model", ".", "--data", f"{NOWHERE}.jsonl", "--output", "{new}"],
+    "finetune.evaluate": ["--model", NOWHERE, "--data", "{file}"],
+    "finetune.grpo": ["--model", ".", "--data", f"{NOWHERE}.jsonl", "--output", "{new}"],
+    "finetune.merge": ["--model", ".", "--adapter", NOWHERE, "--output", "{new}"],
+    "finetune.sft": ["--config", NOWHERE],
+    "pretrain.config": ["--tokenizer", NOWHERE, "--parameters", "15M", "--output", "{new}"],
+    "pretrain.data": ["--files", "en", NOWHERE, "--tokenizer", ".", "--output", "{new}"],
+    "pretrain.dense_twin": [NOWHERE, "{new}"],
+    "pretrain.evaluate": [NOWHERE, "--data", "."],
+    "pretrain.plot": [NOWHERE, "--output", "{new}"],
+    "pretrain.report": [NOWHERE],
+    "pretrain.train": ["--model", NOWHERE, "--data", ".", "--run-dir", "{new}", "--steps", "1"],
+    "tokenization.extend": ["--model", NOWHERE, "--text", "{file}", "--output", "{new}"],
+    "tokenization.report": ["--tokenizers", NOWHERE, "--files", "en", "{file}", "--output", "{new}"],
+    "tokenization.train_bpe": [NOWHERE, "--output", "{new}"],
+    "tools.add_indexer": [NOWHERE, "{new}"],
+    "tools.evaluate": [NOWHERE, "--text", "en={file}"],
+    "tools.long_context": [NOWHERE, "--output", "{new}.json"],
+    "tools.plan": [NOWHERE],
+    "tools.prefix": ["--model", NOWHERE, "--text", "{file}", "--output", "{new}"],
+    "tools.publish": [NOWHERE, "--dry-run"],
+    "tools.to_gguf": [NOWHERE, "{new}", "--llama-cpp", NOWHERE],
+    "tools.upcycle_nsa": [NOWHERE, "{new}"],
+}
+
+
+def test_every_command_that_reads_something_is_asked_for_what_is_not_there():
+    assert set(commands()) - set(UNKNOWN) == {"finetune.problems"}  # which reads nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", UNKNOWN)
+def test_what_is_not_there_is_one_line_that_names_it(module, tmp_path):
+    (tmp_path / "here.txt").write_text("Some text.", encoding="utf-8")
+    places = {"{file}": str(tmp_path / "here.txt"), "{new}": str(tmp_path / "新 new")}
+    options = []
+    for option in UNKNOWN[module]:
+        for place, path in places.items():
+            option = option.replace(place, path)
+        options.append(option)
+    done = run_module(module, *options, NO_COLOR="1")
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert NOWHERE in done.stderr.replace("\n", " "), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["here.txt"]
+
+
 def test_names_that_stand_in_two_places_are_the_same():
     """Once without torch, for the command line, and once where the work is done."""
     from configuration_deepseek import FAMILY_DEFAULTS

@@ -52,9 +52,9 @@ with extra("train"):
     from tqdm import tqdm
 
     from common.card import model_name
+    from common.remote_code import read_config
+    from common.rewrite import refuse_existing, tensor_files, write_checkpoint
     from tokenization.documents import check_paths, read_documents
-    from tools.add_remote_code import read_config
-    from tools.convert import refuse_existing, tensor_files, write_checkpoint
 
 # [vocab_size, hidden_size]: the embedding, the output head, and the copies of both in published prediction modules.
 _VOCABULARY_MATRIX = re.compile(r"(^|\.)(embed_tokens|lm_head|shared_head\.head)\.weight$")

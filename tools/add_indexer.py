@@ -46,8 +46,15 @@ with extra("tools"):
     import torch
 
     from common.card import model_name
-    from tools.add_remote_code import read_config
-    from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
+    from common.remote_code import read_config
+    from common.rewrite import (
+        dtype_beside,
+        new_matrix,
+        refuse_existing,
+        resolve_config,
+        tensor_files,
+        write_checkpoint,
+    )
 
 _QUERY_LATENT = re.compile(r"(?P<prefix>(?:model\.)?layers\.\d+\.self_attn\.)q_a_proj\.weight")
 

@@ -11,8 +11,6 @@ What was in the folder before is kept in `.before_remote_code/`, and `--remove` 
 """
 
 import argparse
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -20,42 +18,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # it runs by its path too, from any folder
+
+from common.remote_code import AUTO_MAP, code_files, read_config, write_json  # noqa: E402
+
 BACKUP = ".before_remote_code"
-AUTO_MAP = {
-    "AutoConfig": "configuration_deepseek.DeepseekConfig",
-    "AutoModel": "modeling_deepseek.DeepseekModel",
-    "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
-    "AutoModelForQuestionAnswering": "modeling_deepseek.DeepseekForQuestionAnswering",
-    "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_deepseek.DeepseekForTokenClassification",
-}
-
-
-def code_files() -> list[Path]:
-    """The model code: flat siblings in the root of this repository."""
-    return sorted(ROOT.glob("*_deepseek.py"))
-
-
-def read_config(folder: Path) -> dict:
-    """The folder's config.json.
-
-    Raises:
-        ValueError: there is none, it is not JSON, or it describes no model of this family.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; name the folder of a transformers checkpoint.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again.") from error
-    spec = importlib.util.spec_from_file_location("configuration_deepseek", ROOT / "configuration_deepseek.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if config.get("model_type") is None:
-        raise ValueError(f"{path} has no `model_type`; allowed are {', '.join(module.FAMILY_DEFAULTS)}.")
-    module.DeepseekConfig(**{name: value for name, value in config.items() if name != "auto_map"})
-    return config
 
 
 def add(folder: Path, repository: str | None = None) -> list[str]:
@@ -113,13 +80,6 @@ def remove(folder: Path) -> list[str]:
         os.replace(backup / name, folder / name)
     backup.rmdir()
     return [f"removed {', '.join(names) or 'no code'}", f"put back {', '.join(restored)}"]
-
-
-def write_json(path: Path, content: dict):
-    """Writes the whole file or none of it."""
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def build_parser() -> argparse.ArgumentParser:

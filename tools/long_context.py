@@ -142,8 +142,8 @@ with extra("tools"):
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils import logging
 
-    from benchmarks.common import describe_machine
     from common.loading import load
+    from common.machine import describe_machine
 
 NUM_KEYS, NUM_STEPS, NUM_CANDIDATES = 8, 3, 10
 SCORES = ("exact", "first", "rank")

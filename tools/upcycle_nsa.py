@@ -58,9 +58,16 @@ with extra("tools"):
     import torch
 
     from common.card import model_name
+    from common.remote_code import read_config
+    from common.rewrite import (
+        dtype_beside,
+        new_matrix,
+        refuse_existing,
+        resolve_config,
+        tensor_files,
+        write_checkpoint,
+    )
     from configuration_deepseek import FAMILY_DEFAULTS
-    from tools.add_remote_code import read_config
-    from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
 
 SOURCE_TYPES = ("llama", "deepseek")
 GATE_BIAS = (-4.0, 4.0, -4.0)  # of the compressed, the selected and the window branch, before the sigmoid

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, describe_machine
+from benchmarks.common import RESULTS, ROOT
+from common.machine import describe_machine
 
 from . import report as page, smoke, sparse, speed
 from .models import Setup

@@ -250,6 +250,27 @@ def test_accumulated_step_equals_one_large_batch(chat_checkpoint, files, own):
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_short_run_is_evaluated_seldom_and_resumes_as_any_other(chat_checkpoint, files):
+    base = chat_checkpoint()
+    whole, _, report = sft.run(_options(base, files, "whole", steps=6, eval_steps=None))
+    assert [entry["step"] for entry in report.log if "eval_loss" in entry] == [0, 6]
+    assert "evaluated at the end on 12 of 12 held-out examples" in report.trained
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(_options(base, files, "killed", steps=6, eval_steps=None), callbacks=(StopAt(5),))
+    resumed, _, _ = sft.run(_options(base, files, "killed", steps=6, eval_steps=None, resume=True))
+    for mine, its in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.slow
+def test_an_evaluation_has_as_many_examples_as_asked_for(chat_checkpoint, files):
+    options = _options(chat_checkpoint(), files, steps=10, eval_steps=None, eval_examples=5)
+    _, _, report = sft.run(options)
+    assert [entry["step"] for entry in report.log if "eval_loss" in entry] == list(range(11))
+    assert "evaluated 10 times on 5 of 12 held-out examples" in report.trained
+
+
 # ---------------------------------------------------------------- stopping and resuming
 
 

@@ -13,8 +13,18 @@ from tiny_corpus import TEXTS, VOCAB_SIZE, write_workspace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pretrain import evaluate, plot, train
-from pretrain.data import IGNORED_LABEL, HeldOut, PretrainingData, batch_of, build_dataset, load_held_out, row_quotas
+from pretrain.data import (
+    IGNORED_LABEL,
+    HeldOut,
+    PretrainingData,
+    batch_of,
+    build_dataset,
+    load_held_out,
+    load_held_out_text,
+    row_quotas,
+)
 from tokenization.documents import is_held_out
+from tokenization.train_bpe import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from tools import publish
 
 
@@ -153,6 +163,32 @@ def test_bits_per_byte_of_a_uniform_model(workspace, window_tokens):
         expected = (held_out.num_targets - (num_documents - 1)) * math.log2(VOCAB_SIZE) / held_out.num_bytes
         result = evaluate.evaluate_model(Uniform(), {"en": held_out}, 0, 3, torch.device("cpu"))
         assert result["en"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_tokenizer_reads_the_same_documents(workspace, tmp_path, checkpoint, capsys):
+    """Every document's text and bytes; the same tokenizer again gives the same windows."""
+    old = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    texts = [text for some in TEXTS.values() for text in some]
+    save_tokenizer(train_tokenizer(texts, MIN_VOCAB_SIZE + 5, show_progress=False), tmp_path / "other", 4096)
+    other = AutoTokenizer.from_pretrained(tmp_path / "other")
+    before = load_held_out(workspace / "data", 16, 40)
+    same = load_held_out_text(workspace / "data", 16, 40, old, old)
+    assert all(torch.equal(before[language].windows, same[language].windows) for language in TEXTS)
+    read = load_held_out_text(workspace / "data", 16, None, old, other)
+    for language, some in TEXTS.items():
+        stream = torch.cat((read[language].windows[:1, 0], read[language].windows[:, 1:].flatten()))
+        documents = other.decode(stream[: read[language].num_targets + 1]).split(other.bos_token)[1:]
+        expected = [text for text in some if is_held_out(text, 0.2)]
+        assert [document.removesuffix(other.eos_token) for document in documents] == expected
+        assert read[language].num_bytes == sum(len(text.encode()) for text in expected)
+
+    model = checkpoint("v3", vocab_size=len(other))
+    save_tokenizer(train_tokenizer(texts, MIN_VOCAB_SIZE + 5, show_progress=False), model, 4096)
+    options = [str(model), "--data", str(workspace / "data"), "--context-tokens", "32"]
+    assert evaluate.main(options) == 2
+    assert "--data-tokenizer" in capsys.readouterr().err
+    assert evaluate.main([*options, "--data-tokenizer", str(workspace / "tokenizer")]) == 0
+    assert capsys.readouterr().out.count("bits per byte") == len(TEXTS)
 
 
 def test_filling_and_bos_are_not_counted():

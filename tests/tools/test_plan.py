@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
@@ -20,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from common import economics
 from tools import plan as tool
 
 OFFICIAL = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.json"))}
@@ -161,7 +163,7 @@ def test_forward_operations(family):
     angles = counted_flops(lambda: model.model.rotary_emb(torch.zeros(1, length, 1), torch.arange(length)[None]))
     counted = counted_flops(lambda: model(inputs, use_cache=False)) - angles
     linear = sum(tool.model_parts(config).values(), tool.Part()).macs
-    per_query = tool.attention_macs(config, tool.np.full(length, length), decoding=False)
+    per_query = economics.attention_macs(config, np.full(length, length), decoding=False)
     assert counted == 2 * (length * linear + config.num_hidden_layers * per_query.sum())
 
 
@@ -198,7 +200,7 @@ def test_training_is_three_forward_passes(family):
     config = make_config(family)
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     linear = sum(tool.model_parts(config).values(), tool.mtp_part(config)).macs
-    per_query = tool.attention_macs(config, tool.np.full(length, length), decoding=False)
+    per_query = economics.attention_macs(config, np.full(length, length), decoding=False)
     assert counted == pytest.approx(3 * 2 * (length * linear + layers * per_query.sum()), rel=0.01)
 
 
@@ -282,11 +284,11 @@ def test_many_sequences_read_all_experts():
 
 def test_sparse_attention_reads_less():
     dense, sparse = (tool.resolve_config({"model_type": kind}) for kind in ("deepseek_v3", "deepseek_v32"))
-    assert tool.cache_bytes_read(sparse, 2000) == tool.cache_bytes_read(dense, 2000)
-    assert tool.cache_bytes_read(sparse, 131072) == 2 * 61 * (128 * 131072 + 576 * 2048)
+    assert economics.cache_bytes_read(sparse, 2000) == economics.cache_bytes_read(dense, 2000)
+    assert economics.cache_bytes_read(sparse, 131072) == 2 * 61 * (128 * 131072 + 576 * 2048)
     nsa = tool.resolve_config({"model_type": "deepseek_nsa"})
     entries = (65536 - 32) // 16 + 1 + 16 * 64 + 512
-    assert tool.cache_bytes_read(nsa, 65536) == 2 * 30 * 2 * 4 * 128 * entries
+    assert economics.cache_bytes_read(nsa, 65536) == 2 * 30 * 2 * 4 * 128 * entries
 
 
 def saved_for_backward(model, tokens) -> int:
@@ -318,8 +320,8 @@ def test_activations_are_what_autograd_keeps(family):
     length = 256
     kept = saved_for_backward(model, torch.randint(3, 128, (2, length))) / (2 * length)
     kinds = [*config.mlp_layer_types, *[config.mtp_layer_type] * config.num_nextn_predict_layers]
-    planned = sum(tool.saved_bytes_per_token(config, kind, width=4) for kind in kinds)
-    planned += tool.saved_bytes_outside_layers(config, width=4)
+    planned = sum(economics.saved_bytes_per_token(config, kind, width=4) for kind in kinds)
+    planned += economics.saved_bytes_outside_layers(config, width=4)
     if family.startswith("v"):  # values and outputs as wide as keys, and a copy of the outputs without the padding
         padding = 2 * (config.qk_head_dim - config.v_head_dim) + config.v_head_dim
         planned += len(kinds) * 4 * config.num_attention_heads * padding

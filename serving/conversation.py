@@ -5,6 +5,7 @@ for piece in conversation.answer("Hello"):
     print(piece.text, end="")
 """
 
+import itertools
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -82,6 +84,7 @@ class Chat:
         self.tools = tools
         self.messages: list[dict] = []  # without the system message
         self.stats = Stats()
+        self._prefix = None  # of prefix_deepseek.py, from `load_prefix`
         self.context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         eos = model.generation_config.eos_token_id
         self._end_ids = {eos} if isinstance(eos, int) else set(eos or [tokenizer.eos_token_id])
@@ -229,12 +232,17 @@ class Chat:
                 self._cache.crop(kept - len(self._cached_ids))
             self._cached_ids = self._cached_ids[:kept]
         except ValueError:  # a layer has let go what the next token would need
-            self._forget_cache()
+            self._forget_cache(ids)
         return len(self._cached_ids)
 
-    def _forget_cache(self) -> None:
-        self._cache = DynamicCache(config=self.model.config.get_text_config())
-        self._cached_ids: list[int] = []
+    def _forget_cache(self, ids: list[int] | None = None) -> None:
+        """Begin with the prefix if there is one, and `ids` begin with it; else with an empty cache."""
+        kept = [] if self._prefix is None else self._prefix.input_ids[0].tolist()
+        if kept and (ids is None or (len(ids) > len(kept) and ids[: len(kept)] == kept)):
+            self._cache = self._prefix.make_cache()
+        else:
+            kept, self._cache = [], DynamicCache(config=self.model.config.get_text_config())
+        self._cached_ids: list[int] = kept
 
     def cache_bytes(self) -> int:
         """Bytes of the tensors that the cache's layers hold of the chat; spare room is not counted."""
@@ -243,6 +251,54 @@ class Chat:
     def tokens(self) -> int:
         """Tokens of the chat so far."""
         return len(self._encode(self.messages, prompt=False))
+
+    def _opening(self) -> list[int]:
+        """The tokens that every chat with this system message and these tools begins with."""
+        first, second = (self._encode([{"role": "user", "content": text}]) for text in ("x", "1"))
+        return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
+
+    def save_prefix(self, path: Path, chunk_size: int = PREFILL_TOKENS) -> int:
+        """Read the system message and write what the cache holds of it, for `load_prefix` -> its tokens.
+
+        Args:
+            path: safetensors file.
+            chunk_size: tokens read at a time.
+
+        Raises:
+            ValueError: it does not fit the context, or the model's code is not this repository's.
+        """
+        if not hasattr(self.model, "make_prefix"):
+            raise ValueError(f"{type(self.model).__name__} has no `make_prefix`; load it without --trust-remote-code")
+        ids = self._opening()
+        if len(ids) >= self.context:
+            raise ValueError(f"the text has {len(ids)} tokens, and the model reads {self.context}; shorten it")
+        prefix = self.model.make_prefix(torch.tensor([ids], device=self.model.device), chunk_size=chunk_size)
+        prefix.made_by["system"] = self.system
+        prefix.save(path)
+        return len(ids)
+
+    def load_prefix(self, path: Path) -> None:
+        """Begin with a file of `save_prefix`: its text becomes the system message, and its tokens are not read again.
+
+        Raises:
+            ValueError: the file is damaged, of another model, or its chats begin otherwise (with tools, for instance).
+        """
+        if not hasattr(self.model, "load_prefix"):
+            raise ValueError(f"{type(self.model).__name__} has no `load_prefix`; load it without --trust-remote-code")
+        prefix = self.model.load_prefix(path)
+        with safe_open(path, framework="pt") as file:
+            system = (file.metadata() or {}).get("system")
+        if system is None:
+            raise ValueError(f"{path} does not say which text it was made of; make it with python -m tools.prefix")
+        before, self.system = self.system, system
+        if self._opening() != prefix.input_ids[0].tolist():
+            self.system = before
+            raise ValueError(
+                f"{path} holds the beginning of another chat; it goes with the tokenizer and chat template that made it, "
+                "and without tools"
+            )
+        self._prefix = prefix
+        self.clear()
 
     # ---- changes to the chat
 

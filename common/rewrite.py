@@ -19,10 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from common.card import write_card
 from common.checkpoint_files import LICENCE, TOKENIZER, belonging
-from common.command import no_command
+from common.remote_code import AUTO_MAP, code_files, write_json
 from configuration_deepseek import DeepseekConfig
 from loading_deepseek import CheckpointFiles
-from tools.add_remote_code import AUTO_MAP, code_files, write_json
 
 # A tensor's name and value -> the tensors to store in its place, including itself if it is kept.
 Change = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
@@ -131,7 +130,3 @@ def _write_weights(source: Path, folder: Path, shard_of: dict[str, str], change:
     if set(new_shard_of.values()) != {SAFE_WEIGHTS_NAME}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(new_shard_of.items()))}
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
-
-
-if __name__ == "__main__":
-    no_command("convert by python -m tools.add_indexer, .upcycle_nsa or .to_gguf")
