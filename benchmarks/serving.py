@@ -3,13 +3,14 @@
     python -m benchmarks.serving                              # the default, and --no-continuous-batching
     python -m benchmarks.serving --before OTHER/CHECKOUT      # also the server of another checkout, of an older commit
 
-All clients start at once, each with a chat of its own, and stream an answer of fixed length (no end token is drawn: its
-bias forbids it where the server may batch, so `stop` texts end nothing). Servers take turns, size by size, each in a
-process of its own with its environment as a user's. Writes runs/benchmarks/serving.json.
+All clients start at once, each with a chat of its own, and stream an answer, which may end before its longest: tokens are
+counted as the server tells them. The servers, each a process of its own, take turns, so that a machine that drifts slows all
+alike; its load average is in the results. Writes runs/benchmarks/serving.json.
 """
 
 import argparse
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import openai
@@ -60,9 +61,8 @@ def peak_mib(pid: int) -> float | None:
 
 async def crowd(address: str, clients: int, tokens: int) -> dict:
     """All clients at once -> tokens a second together, and seconds to the first token."""
-    client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600)
 
-    async def one(i: int) -> tuple[float, int]:
+    async def one(client: openai.AsyncOpenAI, i: int) -> tuple[float, int]:
         start, first, count = time.perf_counter(), None, 0
         stream = await client.chat.completions.create(
             model="deepseek",
@@ -80,7 +80,8 @@ async def crowd(address: str, clients: int, tokens: int) -> dict:
         return first if first is not None else time.perf_counter() - start, count
 
     start = time.perf_counter()
-    answers = await asyncio.gather(*map(one, range(clients)))
+    async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600) as client:
+        answers = await asyncio.gather(*(one(client, i) for i in range(clients)))
     seconds = time.perf_counter() - start
     firsts = sorted(first for first, _ in answers)
     return {
@@ -104,19 +105,22 @@ def main() -> None:
     ways = {"one after the other": (ROOT, ["--no-continuous-batching"]), "default": (ROOT, [])}
     if args.before:
         ways = {"before": (args.before.resolve(), [])} | ways
-    results = {"machine": describe_machine() | {"cores": os.cpu_count()}, "fields": FIELDS, "tokens": args.tokens}
+    results = {
+        "machine": describe_machine() | {"cores": os.cpu_count()},
+        "fields": FIELDS,
+        "tokens": args.tokens,
+    }
     runs: dict = {way: {clients: [] for clients in args.clients} for way in ways}
-    for clients in args.clients:
-        # A server for each number of clients, so that its peak of memory is of these.
-        for way, (folder, options) in ways.items():
-            with server(folder, options, args.model) as (pid, address):
-                asyncio.run(crowd(address, 1, 4))  # what is made at the first request
-                peak_mib(pid)
-                for _ in range(args.repeats):
-                    run = asyncio.run(crowd(address, clients, args.tokens))
-                    run |= {"peak_mib": peak_mib(pid), "load_average": round(os.getloadavg()[0], 1)}
-                    runs[way][clients].append(run)
-                    print(f"{way:20} {clients:4} clients  {run}", flush=True)
+    with ExitStack() as stack:
+        servers = {way: stack.enter_context(server(*how, args.model)) for way, how in ways.items()}
+        for _, address in servers.values():
+            asyncio.run(crowd(address, 1, 4))  # what is made at the first request
+        for clients, _, (way, (pid, address)) in itertools.product(args.clients, range(args.repeats), servers.items()):
+            peak_mib(pid)
+            run = asyncio.run(crowd(address, clients, args.tokens))
+            run |= {"peak_mib": peak_mib(pid), "load_average": round(os.getloadavg()[0], 1)}
+            runs[way][clients].append(run)
+            print(f"{way:20} {clients:4} clients  {run}", flush=True)
     for way, by_clients in runs.items():
         results[way] = {}
         for clients, several in by_clients.items():

@@ -5,10 +5,13 @@ The browser's tests are slow and need Chromium and its driver (Debian: `apt-get 
 
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 import test_serve
 import torch
 import uvicorn
+from checks import ROOT
 from tiny import make_model
 from tiny_chat import VOCAB_SIZE
 
@@ -54,6 +58,18 @@ def test_nothing_is_loaded_from_elsewhere_and_no_text_becomes_html():
     assert not re.search(
         r"\bon\w+=|innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|@import|url\(", HTML
     )
+
+
+@pytest.mark.slow
+def test_the_page_is_in_a_wheel(tmp_path):
+    pytest.importorskip("setuptools", minversion="77", reason="wheels are built by setuptools 77 or newer")
+    source = tmp_path / "source"
+    unwanted = shutil.ignore_patterns(".*", "runs", "tests", "docs", "benchmarks", "*.safetensors", "build")
+    shutil.copytree(ROOT, source, ignore=unwanted, symlinks=True)
+    code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert zipfile.ZipFile(wheel).read("serving/page.html").decode() == HTML
 
 
 def test_only_the_page_needs_no_key(tokenizer):
