@@ -38,7 +38,7 @@ from common.command import no_command
 from common.launch import join_processes
 from common.outputs import has_files, only_run_in
 from finetune.callbacks import LogOften, ProgressBar, RouterBiasCallback, refuse_data_parallel
-from finetune.config import CommonOptions, read_options
+from finetune.config import CommonOptions, GRPOOptions, read_options
 from finetune.data import pad_token, question_and_answer, read_examples, render_all, split_examples
 from finetune.experts import finish_expert_training, measure_routing
 from finetune.lora import check_adapters, describe_adapters
@@ -302,8 +302,8 @@ def _plan_evaluations(
         if task.arguments.get("packing"):
             trained *= max(1.0, options.max_tokens / length)
     generates = task.best_metric[0] == "reward"
-    if generates:  # a batch holds several answers to each of its questions
-        trained /= options.generations if options.steps else 1
+    if isinstance(options, GRPOOptions) and options.steps:  # a batch holds several answers to each of its questions
+        trained /= options.generations
     return plan_evaluations(
         trained, len(held_out), len(task_examples), length, options.answer_tokens, generates=generates
     )
