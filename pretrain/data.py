@@ -467,7 +467,7 @@ def load_held_out_text(
     check_bos(tokenizer)
     encode, index = PlainEncoder(tokenizer), json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
     found = {}
-    for language, held_out in load_held_out(folder, max(window_tokens, 2), max_tokens).items():
+    for language, held_out in load_held_out(folder, window_tokens, max_tokens).items():
         sizes = index["languages"][language]["held_out"]["document_sizes"]
         tokens = np.memmap(
             folder / index["languages"][language]["held_out"]["shards"][0]["file"], dtype=TOKEN_DTYPE, mode="r"
@@ -476,7 +476,8 @@ def load_held_out_text(
         for document_tokens, document_bytes in sizes:
             if start > held_out.num_targets:  # the documents that `max_tokens` left in end here
                 break
-            text = data_tokenizer.decode(tokens[start + 1 : start + document_tokens - 1].tolist())
+            ids = tokens[start + 1 : start + document_tokens - 1].tolist()
+            text = data_tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             if len(text.encode("utf-8")) != document_bytes:
                 raise ValueError(
                     f"a held-out document of {language!r} has {document_bytes} bytes, but its tokens decode to "

@@ -553,7 +553,7 @@ def test_damaged_adapters_are_errors(adapter, damage, named, capsys):
 
 # ---------------------------------------------------------------- a text that is read once
 
-MANUAL = "To open the door, turn the key 3 times. 你好 <｜User｜>\n" * 5
+MANUAL = "Turn the key 3 times. 你好 <｜User｜>\n" * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
