@@ -10,7 +10,8 @@ from checks import assert_close
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tools import add_indexer, convert, upcycle_nsa
+from common import rewrite
+from tools import add_indexer, upcycle_nsa
 
 # A query selects 4 blocks of 16: a text of up to 64 tokens is selected whole.
 NSA_SIZES = ["--compress-block-size", "8", "--compress-stride", "4", "--select-block-size", "16"]
@@ -290,7 +291,7 @@ def test_writes_all_or_nothing(source, tmp_path, capsys, monkeypatch, tool, fami
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_json", fail)
+        patch.setattr(rewrite, "write_json", fail)
         assert tool.main([str(folder), str(output)]) == 1
     assert "disk full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
