@@ -17,7 +17,7 @@ Shape letters: B batch, S new tokens, T all tokens in view (past and new), H que
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class AttentionInput(NamedTuple):
 
     embeds: torch.Tensor  # [B, S, hidden_size]; masks follow its shape, dtype and device
     attention_mask: torch.Tensor | None  # as the user gave it
-    position_ids: torch.LongTensor  # [B or 1, S]
+    position_ids: torch.Tensor  # [B or 1, S]
     past_key_values: Cache | None
     past_length: int | torch.Tensor  # tokens in the cache; a tensor for static caches
     learns: bool = False  # some layer's indexer is being trained
@@ -95,7 +95,7 @@ class DeepseekAttention(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def mask_for_generation(cls, config, attention_mask: torch.Tensor | None, **kwargs):
+    def mask_for_generation(cls, config, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs):
         """What `generate` prepares outside a compiled step and hands to `forward` as `attention_mask`: the mask itself,
         unless the kind can do with one that is made ahead. `kwargs` are those of `create_causal_mask`."""
         return attention_mask
@@ -131,7 +131,7 @@ def require(kinds: Iterable[type[DeepseekAttention]], fact: str, what: str, reme
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

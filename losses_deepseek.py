@@ -7,11 +7,10 @@ Shape letters: B batch, S tokens, E experts.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 class LayerOutput(NamedTuple):
@@ -36,10 +35,10 @@ class LayerNotes:
 
     def __init__(self, training: bool):
         self.training = training
-        self._balance: list[torch.Tensor] = []
-        self._index: list[torch.Tensor] = []
+        self._balance: list[torch.Tensor | None] = []
+        self._index: list[torch.Tensor | None] = []
 
-    def take(self, layer: nn.Module, output: LayerOutput) -> torch.Tensor:
+    def take(self, layer: Any, output: LayerOutput) -> torch.Tensor:
         """Notes what `layer` returned besides its states, which are handed back."""
         hidden_states, balance_loss, load, index_loss = output
         if self.training and layer.is_sparse:
@@ -61,8 +60,9 @@ class LayerNotes:
 
 def sum_losses(losses: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     """Their sum on the device of the first, without those that are None; None if nothing is left."""
-    losses = [loss for loss in losses if loss is not None]
-    return sum(loss.to(losses[0].device) for loss in losses) if losses else None
+    present = [loss for loss in losses if loss is not None]
+    total: Any = sum(loss.to(present[0].device) for loss in present)
+    return total if present else None
 
 
 def further_targets(labels: torch.Tensor, position_ids: torch.Tensor | None, k: int) -> torch.Tensor:

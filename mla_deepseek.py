@@ -317,7 +317,8 @@ class DeepseekMLA(DeepseekAttention):
     def _up_projections(self, kv_b_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[H * (Dn + Dv), C] -> W_UK [H, Dn, C], W_UV [H, Dv, C]"""
         by_head = kv_b_weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [H, Dn + Dv, C]
-        return by_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        w_uk, w_uv = by_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        return w_uk, w_uv
 
     def _kv_b_weight(self, latent: torch.Tensor, cache_layer) -> torch.Tensor | None:
         """The matrix that kv_b_proj applies to every row, [H * (Dn + Dv), C]; None where there is no such matrix or it
@@ -412,6 +413,6 @@ def attend_side_by_side(
         outputs.append(output)  # [B, parts, R, W]
         sums.append(log_sum)  # [B, parts, R]
     if parts == 1:
-        return output[:, 0, :, :value_width].to(query.dtype)
+        return outputs[0][:, 0, :, :value_width].to(query.dtype)
     shares = torch.cat(sums, dim=1).softmax(dim=1)[..., None]
     return (torch.cat(outputs, dim=1) * shares).sum(dim=1)[..., :value_width].to(query.dtype)
