@@ -17,7 +17,7 @@ Shape letters: B batch, S new tokens, T all tokens in view (past and new), H que
 
 import copy
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,15 @@ class AttentionInput(NamedTuple):
             return True
         return not torch.compiler.is_compiling() and int(self.past_length) == 0
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether it is known without a mask that nothing is hidden: one new token, no padding, no slots to come."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False  # what is recorded must hold for other values too
+        if self.length > 1 or isinstance(self.past_length, torch.Tensor):
+            return False
+        return self.attention_mask is None or (self.attention_mask.ndim == 2 and bool(self.attention_mask.all()))
+
 
 class View(NamedTuple):
     """What the queries of one kind of attention may see."""
@@ -82,6 +91,9 @@ class DeepseekAttention(nn.Module):
     adapters: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     unquantised: tuple[str, ...] = ()
+    num_key_value_groups: (
+        int  # query heads that share a key/value head, once keys and values are as attention takes them
+    )
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -131,7 +143,7 @@ def require(kinds: Iterable[type[DeepseekAttention]], fact: str, what: str, reme
 
 
 def eager_attention_forward(
-    module: Any,
+    module: DeepseekAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -12,7 +12,25 @@ import time
 import warnings
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+from common.names import check_model_name
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model",
+        default=str(Path(__file__).parent),
+        help="folder or Hub name of the model (default: this repository)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few tokens and steps, to see that everything runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling, data and adapters (default 0)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     from accelerate.utils import set_seed
@@ -254,19 +272,6 @@ def learn(
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--model",
-        default=str(Path(__file__).parent),
-        help="folder or Hub name of the model (default: this repository)",
-    )
-    parser.add_argument("--quick", action="store_true", help="a few tokens and steps, to see that everything runs")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling, data and adapters (default 0)")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -278,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
 
     console.rule("The model")
     try:
+        check_model_name(args.model)
         # float32: on CPUs faster than bfloat16 for matrices as small as these.
         model, tokenizer = load_model(args.model, dtype="float32")
     except (ValueError, OSError) as error:
@@ -294,8 +300,9 @@ def main(argv: list[str] | None = None) -> int:
     steps, held_out = (5, 24) if args.quick else (300, 240)
     learn(console, args.model, model, tokenizer, steps, args.seed, held_out)
     console.rule(f"{time.perf_counter() - started:.0f} seconds in all")
+    print("next: python chat.py, or fine-tune on your own data: python -m finetune.sft --help")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

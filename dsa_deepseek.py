@@ -42,7 +42,8 @@ class DeepseekDSA(DeepseekMLA):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        o_proj: Any = self._modules.pop("o_proj")
+        o_proj = self.o_proj
+        del self.o_proj
         self.indexer = LightningIndexer(config)
         self.o_proj = o_proj  # behind the indexer, as optimizer states that were saved count them
 
@@ -370,8 +371,7 @@ def selected_latent_attention(
         outputs.append(output)
         losses.append(loss)
         num_queries = num_queries + seen.any(dim=-1).expand(batch, -1).sum()
-    total: Any = sum(losses) if learns else None
-    return torch.cat(outputs, dim=1), total / num_queries if learns else None
+    return torch.cat(outputs, dim=1), torch.stack(losses).sum() / num_queries if learns else None
 
 
 def _attend_chosen(

@@ -60,9 +60,11 @@ class LayerNotes:
 
 def sum_losses(losses: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     """Their sum on the device of the first, without those that are None; None if nothing is left."""
-    present = [loss for loss in losses if loss is not None]
-    total: Any = sum(loss.to(present[0].device) for loss in present)
-    return total if present else None
+    total = None
+    for loss in losses:
+        if loss is not None:
+            total = loss if total is None else total + loss.to(total.device)
+    return total
 
 
 def further_targets(labels: torch.Tensor, position_ids: torch.Tensor | None, k: int) -> torch.Tensor:

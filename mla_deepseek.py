@@ -104,6 +104,8 @@ class DeepseekMLA(DeepseekAttention):
                 # a static cache's mask covers its empty slots too
                 tokens = tokens._replace(attention_mask=tokens.attention_mask[..., : tokens.length])
             return View(make_causal_mask(config, tokens, None), has_past=False)
+        if tokens.sees_all:
+            return View(None, has_past=True)
         mask = make_causal_mask(plain_mask_config(config), tokens, tokens.past_key_values)
         if mask is None and tokens.length > 1:
             # transformers leaves "causal, nothing else hidden" to the kernel; here no mask means that all is seen. It

@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_deepseek import AttentionInput, DeepseekAttention, View
+from .attention_deepseek import AttentionInput, View
 from .cache_deepseek import GrowingLayer, use_growing_layers
 from .compat_deepseek import cache_field, model_output, takes_cache_by_either_name
 from .configuration_deepseek import DeepseekConfig
@@ -307,6 +307,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         num_layers = config.num_hidden_layers
         self.layers = nn.ModuleList([DeepseekDecoderLayer(config, i) for i in range(num_layers)])
         self.layers.extend([DeepseekMTPLayer(config, num_layers + k) for k in range(config.num_nextn_predict_layers)])
+        self.layer_kinds = config.attention_kinds  # the names, as the layers were built
+        self.attention_kinds = {name: ATTENTION_KINDS[name] for name in dict.fromkeys(self.layer_kinds)}
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -360,9 +362,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         )
         shared = self._shared_by_layers(inputs_embeds, position_ids, token_mask)
         hidden_states, notes = inputs_embeds, LayerNotes(self.training)
-        for layer, kind in zip(
-            self.layers[: self.config.num_hidden_layers], self.config.attention_kinds, strict=False
-        ):
+        for layer, kind in zip(self.layers[: self.config.num_hidden_layers], self.layer_kinds, strict=False):
             mask, has_past = views[kind]
             output = layer(
                 hidden_states,
@@ -407,7 +407,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         )
         shared = self._shared_by_layers(inputs_embeds, position_ids, token_mask)
         states, notes = [], LayerNotes(self.training)
-        kinds = self.config.attention_kinds[self.config.num_hidden_layers :]
+        kinds = self.layer_kinds[self.config.num_hidden_layers :]
         for k, (layer, kind) in enumerate(
             zip(self.layers[self.config.num_hidden_layers :], kinds, strict=True), start=1
         ):
@@ -449,7 +449,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         views, position_ids, token_mask = self.create_causal_mask(
             next_embeds, attention_mask, position_ids, past_key_values
         )
-        mask, has_past = views[self.config.attention_kinds[index]]
+        mask, has_past = views[self.layer_kinds[index]]
         output = self.layers[index](
             hidden_states,
             next_embeds,
@@ -492,11 +492,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "token_mask": token_mask,
         }
-
-    @property
-    def attention_kinds(self) -> dict[str, type[DeepseekAttention]]:
-        """The kinds of attention among the layers, by their names in `config.attention_kinds`."""
-        return {name: ATTENTION_KINDS[name] for name in dict.fromkeys(self.config.attention_kinds)}
 
     def make_cache_layer(self, index: int) -> GrowingLayer:
         """An empty cache layer of the kind that layer `index` wants; prediction modules count on behind the layers."""

@@ -759,6 +759,7 @@ def main(argv: list[str] | None = None) -> int:
     for problem in figures["problems"]:
         print(f"warning: {problem['file']}:{problem['line']} {problem['problem']}", file=sys.stderr)
     print(f"report:    {output / 'report' / 'report.html'}")
+    print(f"next: python -m tokenization.train_bpe, or python -m pretrain.data --files LANGUAGE {output}/*.jsonl* ...")
     return 0
 
 

@@ -278,7 +278,11 @@ def make_options(schema: type, values: dict[str, Any]):
 def build_parser(schema: type, prog: str = "") -> argparse.ArgumentParser:
     """The command line of a schema; values that are not given do not appear in the result."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=schema.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--OPTION VALUE ...]",
+        description=schema.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of the options below, names with underscores"

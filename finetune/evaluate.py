@@ -12,8 +12,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command import run_command
+from common.command import check_early, run_command
 from common.extras import extra
+from common.names import check_model_name
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.evaluate", description="Loss and accuracy of a model on questions with answers."
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub name of the model")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter or an ESFT result to put on it")
+    parser.add_argument("--data", nargs="+", required=True, help="files or dataset names, as for training")
+    parser.add_argument(
+        "--answer-kind", choices=("exact", "number"), default="exact", help="what counts (default exact)"
+    )
+    parser.add_argument("--answer-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="questions at once (default 64)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default auto")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let code that comes with the model run, instead of this repository's",
+    )
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -21,6 +47,7 @@ with extra("train"):
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from finetune.data import IGNORED_LABEL, collate, pad_token, prompt_ids, question_and_answer, read_examples, render
+    from finetune.models import load_model, load_result
     from finetune.rewards import same_number
 
 CausalLM = Any  # transformers has no type for a model that generates, with PEFT's wrapper or without
@@ -131,34 +158,11 @@ def greedy_answers(
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune.evaluate", description="Loss and accuracy of a model on questions with answers."
-    )
-    parser.add_argument("--model", required=True, help="folder or Hub name of the model")
-    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter or an ESFT result to put on it")
-    parser.add_argument("--data", nargs="+", required=True, help="files or dataset names, as for training")
-    parser.add_argument(
-        "--answer-kind", choices=("exact", "number"), default="exact", help="what counts (default exact)"
-    )
-    parser.add_argument("--answer-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
-    parser.add_argument("--batch-size", type=int, default=64, help="questions at once (default 64)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default auto")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="let code that comes with the model run, instead of this repository's",
-    )
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    from finetune.models import load_model, load_result
-
     args = build_parser().parse_args(argv)
     try:
+        check_model_name(args.model)
         examples = read_examples(args.data)
         loaded, tokenizer = load_model(args.model, args.dtype, trust_remote_code=args.trust_remote_code)
         model: CausalLM = loaded if args.adapter is None else load_result(loaded, args.adapter)
@@ -168,6 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.adapter is None:
+        print(f"next: python chat.py --model {args.model}", file=sys.stderr)
+    else:
+        merge = f"python -m finetune.merge --model {args.model} --adapter {args.adapter} --output MERGED"
+        print(f"next: {merge}", file=sys.stderr)
     return 0
 
 

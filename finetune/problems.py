@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.command import run_command
+from common.extras import extra
 from common.outputs import refuse_existing
-from finetune.data import write_jsonl
 
 LANGUAGES = ("en", "zh")
 
@@ -149,7 +149,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--train-examples", type=int, default=4000, help="examples to train on (default 4000)")
     parser.add_argument("--held-out-examples", type=int, default=400, help="examples to test with (default 400)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of problems (default all)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides split, choice and wording (default 0)")
     return parser
 
@@ -163,6 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    with extra("train"):
+        from finetune.data import write_jsonl
+
     args.output.mkdir(parents=True, exist_ok=True)
     write_jsonl(train, args.output / "train.jsonl")
     write_jsonl(held_out, args.output / "held_out.jsonl")

@@ -13,9 +13,35 @@ import math
 import sys
 from pathlib import Path
 
-from common.command import run_command
+from common.command import check_early, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
+
+MODEL_TYPES = {
+    **{"llm": "llama", "moe": "deepseek", "v2": "deepseek_v2", "v3": "deepseek_v3", "v32": "deepseek_v32"},
+    "nsa": "deepseek_nsa",
+}
+TOKENS_PER_PARAMETER = 20  # of a run of the length that is best for its cost (arXiv:2203.15556)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.config", description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder whose tokenizer the model will have")
+    parser.add_argument("--parameters", required=True, help="size of the model, as 15M or 1.3B")
+    parser.add_argument("--family", choices=MODEL_TYPES, default="v3", help="architecture (default v3)")
+    parser.add_argument("--context", type=int, default=4096, help="longest context, in tokens (default 4096)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for config.json; must have none")
+    plan = parser.add_argument_group("plan", "what the memory and time are told for")
+    plan.add_argument("--tokens", help=f"tokens of the training, as 300M (default {TOKENS_PER_PARAMETER} a parameter)")
+    plan.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
+    plan.add_argument("--batch-rows", type=int, default=16, help="rows at once (default 16)")
+    plan.add_argument("--gpu", default="h100", help="kind of GPU, as tools.plan knows them (default h100)")
+    plan.add_argument("--mfu", default="0.3", help="share of its peak that is reached (default 0.3)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("tools"):
     from tokenizers import Tokenizer
@@ -35,13 +61,8 @@ with extra("tools"):
         training_memory,
     )
 
-MODEL_TYPES = {
-    **{"llm": "llama", "moe": "deepseek", "v2": "deepseek_v2", "v3": "deepseek_v3", "v32": "deepseek_v32"},
-    "nsa": "deepseek_nsa",
-}
 WIDTH_OF_A_LAYER = 48  # hidden size over layers; at a width of 256 these are 5 layers
 CORE_FLOPS = 1e11  # what the training of this repository's checkpoint made of a core with AVX-512 (docs/checkpoint.md)
-TOKENS_PER_PARAMETER = 20  # of a run of the length that is best for its cost (arXiv:2203.15556)
 
 
 def shape(family: str, width: int, layers: int, vocabulary: dict, context: int) -> dict:
@@ -173,23 +194,6 @@ def what_it_takes(
 
 
 # ---------------------------------------------------------------- command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.config", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder whose tokenizer the model will have")
-    parser.add_argument("--parameters", required=True, help="size of the model, as 15M or 1.3B")
-    parser.add_argument("--family", choices=MODEL_TYPES, default="v3", help="architecture (default v3)")
-    parser.add_argument("--context", type=int, default=4096, help="longest context, in tokens (default 4096)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for config.json; must have none")
-    plan = parser.add_argument_group("plan", "what the memory and time are told for")
-    plan.add_argument("--tokens", help=f"tokens of the training, as 300M (default {TOKENS_PER_PARAMETER} a parameter)")
-    plan.add_argument("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
-    plan.add_argument("--batch-rows", type=int, default=16, help="rows at once (default 16)")
-    plan.add_argument("--gpu", default="h100", help="kind of GPU, as tools.plan knows them (default h100)")
-    plan.add_argument("--mfu", default="0.3", help="share of its peak that is reached (default 0.3)")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

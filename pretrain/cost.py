@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.command import no_command
+from common.costs import attention_costs
 
 
 def active_parameters(module: nn.Module, experts_per_token: int | None) -> int:
@@ -43,36 +44,16 @@ def training_flops_per_token(model: PreTrainedModel, row_tokens: int) -> float:
         share = config.num_experts_per_tok / module.num_experts if hasattr(module, "gate_up_proj") else 1
         matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2]
         flops += sum(2 * _passes(matrix) * matrix.numel() * share for matrix in matrices)
-    attention, indexer = attention_flops(config, row_tokens)
-    return flops + sum(
-        _passes(layer.self_attn.o_proj.weight) * attention
-        + (_passes(layer.self_attn.indexer.wk.weight) * indexer if indexer else 0)
-        for layer in layers
-    )
+    for index, layer in enumerate(layers):
+        attention, indexer = attention_costs(config, index).training_flops(row_tokens)
+        flops += _passes(layer.self_attn.o_proj.weight) * attention
+        flops += _passes(layer.self_attn.indexer.wk.weight) * indexer if indexer else 0
+    return flops
 
 
 def _passes(matrix: torch.Tensor) -> int:
     """Times the FLOPs of a forward: forward and twice that backward, or forward only."""
     return 3 if matrix.requires_grad else 1
-
-
-def attention_flops(config, row_tokens: int) -> tuple[float, float]:
-    """Forward FLOPs of one layer for a token, the mean over a row of `row_tokens`: scores and weighted sums; the indexer's
-    scores."""
-
-    def mean_keys(limit: float) -> float:  # keys that a query reads: all up to itself, but no more than `limit`
-        limit = int(min(limit, row_tokens))
-        return limit - limit * (limit - 1) / 2 / row_tokens
-
-    value_width = config.v_head_dim if config.has_latent else config.head_dim
-    per_key = 2 * config.num_attention_heads * (config.qk_head_dim + value_width)
-    if config.attention_kind == "nsa":
-        keys = mean_keys(row_tokens) / config.nsa_compress_stride + mean_keys(config.nsa_window_size)
-        return per_key * (keys + mean_keys(config.nsa_num_select_blocks * config.nsa_select_block_size)), 0.0
-    if not config.has_indexer:
-        return per_key * mean_keys(row_tokens), 0.0
-    indexer = 2 * config.index_n_heads * config.index_head_dim * mean_keys(row_tokens)
-    return per_key * mean_keys(row_tokens if config.index_warmup else config.index_topk), indexer
 
 
 @torch.no_grad()

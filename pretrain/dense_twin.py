@@ -14,13 +14,27 @@ import shutil
 import sys
 from pathlib import Path
 
+from common.command import check_early, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.dense_twin", description=__doc__.partition("\n")[0])
+    parser.add_argument("source", type=Path, help="folder with config.json and code of a mixture of experts")
+    parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument(
+        "--no-mtp", action="store_true", help="leave multi-token prediction out (default: as the source)"
+    )
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
     from transformers import PreTrainedModel
 
-    from common.command import run_command
     from common.loading import load_config, new_model
     from pretrain.cost import body_parameters
     from tools.add_remote_code import AUTO_MAP, code_files
@@ -76,17 +90,6 @@ def write_dense_twin(source: Path, output: Path, keep_mtp: bool = True) -> tuple
     return wanted, found
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.dense_twin", description=__doc__.partition("\n")[0])
-    parser.add_argument("source", type=Path, help="folder with config.json and code of a mixture of experts")
-    parser.add_argument("output", type=Path, help="folder to create")
-    parser.add_argument(
-        "--no-mtp", action="store_true", help="leave multi-token prediction out (default: as the source)"
-    )
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.output}: {twin:,} parameters in its layers, {source:,} active in those of {args.source}")
+    print(f"next: python -m pretrain.train --model {args.output} --data DATA --run-dir RUN --steps N")
     return 0
 
 

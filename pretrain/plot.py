@@ -171,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print("next: python -m pretrain.report RUN puts them on one page with the figures and samples")
     return 0
 
 

@@ -142,11 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
     try:
-        print(write_report(build_parser().parse_args(argv).run))
+        print(write_report(args.run))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print("next: python -m pretrain.evaluate MODEL --data DATA, with the model that --export-dir wrote")
     return 0
 
 

@@ -44,7 +44,7 @@ def crowded(checkpoint):
 def _extend(source, output):
     text = output.parent / "text.txt"
     text.write_text("a b c d e f g h number number number " * 20)
-    arguments = ["--model", source, "--text", text, "--out", output, "--new-tokens", 3]
+    arguments = ["--model", source, "--text", text, "--output", output, "--new-tokens", 3]
     return extend.main([str(part) for part in arguments])
 
 

@@ -1,5 +1,7 @@
 """What all commands have in common: which modules are commands, how they end, and what they say before torch is loaded."""
 
+import itertools
+import os
 import subprocess
 import sys
 
@@ -10,10 +12,33 @@ from common.command import run_command
 
 PACKAGES = ("corpus", "finetune", "pretrain", "tokenization", "tools")
 SCRIPTS = ("add_remote_code", "try_loading")  # run by their paths, without this repository's packages
-EARLY = (
-    *("pretrain.train", "pretrain.data", "pretrain.evaluate", "tokenization.extend", "tools.publish"),
-    *("finetune.merge", "finetune.sft", "finetune.dpo", "finetune.grpo", "chat"),
-)
+
+
+def commands() -> list[str]:
+    """The modules that `python -m` runs, found by their last line."""
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).glob("*.py"))]
+    files += sorted(ROOT.glob("*.py"))
+    endings = {file: file.read_text(encoding="utf-8").rstrip().rpartition("\n")[2].strip() for file in files}
+    runs = ("run_command(main)", "sys.exit(main())")
+    found = [file.relative_to(ROOT).with_suffix("") for file, ending in endings.items() if ending in runs]
+    return [".".join(path.parts) for path in found if path.name not in SCRIPTS]
+
+
+def source(module: str) -> str:
+    return (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+
+
+def run_module(module: str, *options: str, forbidden: tuple[str, ...] = (), **variables: str):
+    """Run a command in a terminal of 80 columns, with some modules that cannot be imported."""
+    program = f"import runpy, sys\nfor name in {forbidden!r}:\n    sys.modules[name] = None\n"
+    program += f"sys.argv = [{module!r}, *sys.argv[1:]]\nrunpy.run_module({module!r}, run_name='__main__')"
+    environment = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", **variables}
+    command = [sys.executable, "-c", program, *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_the_commands_are_found():
+    assert {"chat", "demo", "serve", "corpus.deduplicate", "finetune.sft", "tools.plan"} <= set(commands())
 
 
 def test_every_module_is_a_command_or_says_that_it_is_none():
@@ -32,23 +57,44 @@ def test_a_module_that_is_no_command_names_the_command():
     assert "python -m corpus.deduplicate" in done.stderr
 
 
-@pytest.mark.parametrize("module", EARLY)
-@pytest.mark.parametrize(("option", "code"), [("--nonsense", 2), ("--help", 0)])
-def test_options_are_read_before_torch_is_imported(module, option, code):
-    program = "import runpy, sys\nsys.modules['torch'] = None\nsys.argv = [sys.argv[1], sys.argv[2]]\n"
-    program += f"runpy.run_module({module!r}, run_name='__main__')"
-    command = [sys.executable, "-c", program, module, option]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert ("usage" in done.stdout + done.stderr) or "nonsense" in done.stderr
+@pytest.mark.parametrize("module", commands())
+def test_help_and_wrong_options_need_no_torch(module):
+    """Which takes seconds to import. The help is grouped or short, and fits the terminal, without colours."""
+    heavy = ("torch", "transformers", "datasets")
+    shown = run_module(module, "--help", forbidden=heavy)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("usage: ")
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "\x1b" not in shown.stdout
+    for line, after in itertools.pairwise([*shown.stdout.splitlines(), ""]):
+        if line.startswith("  -"):  # an option, explained in its line or below it
+            assert "  " in line.strip() or after.startswith(" " * 10), line
+    refused = run_module(module, "--nonsense", forbidden=heavy)
+    assert refused.returncode == 2, refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "usage" in refused.stderr or "nonsense" in refused.stderr
+
+
+@pytest.mark.parametrize("module", commands())
+def test_every_command_names_the_next_one(module):
+    text = source(module)
+    if "finetune.run import" in text and "command(" in text:  # the trainers share their end
+        text = source("finetune.run")
+    # A chat and a server have no end of their own.
+    assert module in ("chat", "serve") or "next: " in text
 
 
 def test_names_that_stand_in_two_places_are_the_same():
     """Once without torch, for the command line, and once where the work is done."""
+    from configuration_deepseek import FAMILY_DEFAULTS
     from finetune import config, lora
     from pretrain import optimizers, train
+    from tools import add_indexer, long_context, upcycle_nsa
 
+    assert tuple(long_context.WORDINGS) == long_context.LANGUAGES
+    assert add_indexer.SIZES.items() <= FAMILY_DEFAULTS["deepseek_v32"].items()
+    sizes = {f"nsa_{name}": value for name, (value, _) in upcycle_nsa.SIZES.items()}
+    assert sizes == {k: v for k, v in FAMILY_DEFAULTS["deepseek_nsa"].items() if k.startswith("nsa_")}
     assert config.TARGETS == lora.TARGETS
     assert train.OPTIMIZERS == optimizers.OPTIMIZERS
 

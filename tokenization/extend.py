@@ -1,6 +1,6 @@
 """Gives a checkpoint's tokenizer new tokens for a domain, and its model the rows for them.
 
-    python -m tokenization.extend --model . --text law.jsonl.gz --new-tokens 1000 --out runs/law
+    python -m tokenization.extend --model . --text law.jsonl.gz --new-tokens 1000 --output runs/law
 
 New merges are learned on the text on top of the old ones, as byte-level BPE training would continue: every old token
 keeps its id and its merges, new ids follow the old. A new token's rows, in the embedding and in the output head, start
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tokenization.extend", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with tokenizer.json")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help=".jsonl or .txt files, optionally .gz")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--new-tokens", type=int, default=1000, help="merges to learn (default 1000)")
     parser.add_argument("--max-token-length", type=int, default=16, help="longest new token, in bytes (default 16)")
     parser.add_argument("--control-tokens", nargs="*", default=[], metavar="TOKEN", help="tokens to add by name")
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         check_paths(args.text)
-        refuse_existing(args.out)
+        refuse_existing(args.output)
         file = args.model / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{file} does not exist; --model must be a folder with a model and its tokenizer")
@@ -290,18 +290,18 @@ def main(argv: list[str] | None = None) -> int:
         texts = [text for path in args.text for text in read_documents(path, args.text_field)]
         merges = learn_merges(old, texts, args.new_tokens, args.max_token_length)
         new, replaced = extend_tokenizer(old, merges, args.control_tokens)
-        num_rows = extend_checkpoint(args.model, args.out, new, replaced, args.multiple_of)
+        num_rows = extend_checkpoint(args.model, args.output, new, replaced, args.multiple_of)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     characters = sum(map(len, texts))
     before, after = (sum(len(one.encode(text).ids) for text in texts) for one in (old, new))
-    print(f"{args.out}: {len(replaced)} new tokens, vocab_size {num_rows}")
+    print(f"{args.output}: {len(replaced)} new tokens, vocab_size {num_rows}")
     print(
         f"the text has {characters / before:.2f} characters a token with the old, {characters / after:.2f} with the new"
     )
     print(
-        f"next: train the new rows, by python -m finetune.sft --model {args.out} --method full --data FILE --output RUN"
+        f"next: train the new rows, by python -m finetune.sft --model {args.output} --method full --data FILE --output RUN"
     )
     return 0
 

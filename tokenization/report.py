@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     (args.output / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(report, args.output / "report.png")
     print(text)
+    print(f"figure: {args.output / 'report.png'}")
+    print("next: python -m pretrain.data --tokenizer FOLDER --files LANGUAGE FILE ... --output DATA")
     return 0
 
 

@@ -17,13 +17,37 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from common.command import check_early, run_command
+from common.extras import extra
 
-from common.card import model_name
-from common.command import run_command
-from configuration_deepseek import FAMILY_DEFAULTS
-from tools.add_remote_code import read_config
-from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
+SIZES = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}  # of V3.2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.add_indexer", description=__doc__.split("\n\n")[0], epilog="Sizes default to V3.2's."
+    )
+    parser.add_argument("source", type=Path, help="checkpoint folder, model_type deepseek_v3")
+    parser.add_argument("output", type=Path, help="folder to write; must not exist")
+    for field, meaning in (
+        ("index_topk", "tokens that a query selects"),
+        ("index_n_heads", "heads of the indexer"),
+        ("index_head_dim", "width of a head, at least qk_rope_head_dim"),
+    ):
+        option = f"--{field.replace('_', '-')}"
+        parser.add_argument(option, metavar="N", type=int, default=SIZES[field], help=f"{meaning} (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the indexer's random weights (%(default)s)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
+
+with extra("tools"):
+    import torch
+
+    from common.card import model_name
+    from tools.add_remote_code import read_config
+    from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
 
 _QUERY_LATENT = re.compile(r"(?P<prefix>(?:model\.)?layers\.\d+\.self_attn\.)q_a_proj\.weight")
 
@@ -88,24 +112,6 @@ def add_indexer(source: Path, output: Path, sizes: dict[str, int], seed: int = 0
     write_checkpoint(source, output, config, tensor_files(source, required), change, what)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.add_indexer", description=__doc__.split("\n\n")[0], epilog="Sizes default to V3.2's."
-    )
-    default = FAMILY_DEFAULTS["deepseek_v32"]
-    parser.add_argument("source", type=Path, help="checkpoint folder, model_type deepseek_v3")
-    parser.add_argument("output", type=Path, help="folder to write; must not exist")
-    for field, meaning in (
-        ("index_topk", "tokens that a query selects"),
-        ("index_n_heads", "heads of the indexer"),
-        ("index_head_dim", "width of a head, at least qk_rope_head_dim"),
-    ):
-        option = f"--{field.replace('_', '-')}"
-        parser.add_argument(option, metavar="N", type=int, default=default[field], help=f"{meaning} (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the indexer's random weights (%(default)s)")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     sizes = {name: value for name, value in arguments.items() if name.startswith("index_")}
@@ -115,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {arguments['output']}; unchanged on texts of up to {sizes['index_topk']} tokens, train it for more")
+    print(
+        f"next: python -m pretrain.train --model {arguments['output']} --start weights --dsa-stage warmup --data DATA ..."
+    )
     return 0
 
 

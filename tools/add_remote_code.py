@@ -140,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = arguments.checkpoint_dir
         for line in remove(folder) if arguments.remove else add(folder, arguments.repository):
             print(line)
+        if not arguments.remove:
+            print(f"next: AutoModelForCausalLM.from_pretrained('{folder}', trust_remote_code=True)")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

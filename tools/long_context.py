@@ -37,8 +37,101 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import run_command
+from common.command import check_early, run_command
 from common.extras import extra
+from common.names import check_model_name
+
+TASKS = ("passkey", "multikey", "tracking")
+LANGUAGES = ("en", "zh")  # of `WORDINGS`
+
+
+def parse_length(text: str) -> int:
+    """'4096' or '4k' -> 4096"""
+    match = re.fullmatch(r"(\d{1,9})(k?)", text.lower())
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write 4096 or 4k")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.long_context", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="folder or Hub name of the model")
+    parser.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on it")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"of {', '.join(TASKS)} (default all)",
+    )
+    parser.add_argument(
+        "--languages",
+        nargs="+",
+        choices=LANGUAGES,
+        default=list(LANGUAGES),
+        metavar="LANGUAGE",
+        help=f"of {', '.join(LANGUAGES)} (default all)",
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=parse_length,
+        metavar="N",
+        help="tokens of a prompt, as 4096 or 4k (default: 1k, 2k, 4k, ... up to what the model reads, at most 128k)",
+    )
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="X",
+        help="places of what is asked for, 0 the beginning, 1 the end (default 0 0.25 0.5 0.75 1)",
+    )
+    parser.add_argument("--samples", type=int, default=5, help="prompts a cell (default 5)")
+    parser.add_argument(
+        "--haystack",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="by language, UTF-8 text to hide things in, or a folder of .txt and .md files (default: short sentences of our making)",
+    )
+    parser.add_argument("--chunk-size", type=int, default=1024, help="tokens read at a time (default 1024)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is hidden where (default 0)")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the weights, for instance float32 (default: the checkpoint's)"
+    )
+    parser.add_argument("--device", help="for instance cuda or auto (default: cpu)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; heat maps go beside it as .png")
+    return parser
+
+
+def check(args: argparse.Namespace) -> dict[str, Path]:
+    """Refuses a command line that would fail later -> paths of haystacks by language
+
+    Raises:
+        ValueError: what is wrong and the remedy.
+    """
+    for name in ("samples", "chunk_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    for depth in args.depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"--depths has {depth:g}; depths are from 0, the beginning, to 1, the end.")
+    if args.output.suffix != ".json" or not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output} must be a .json file in a folder that is there.")
+    haystacks = {}
+    for item in args.haystack:
+        language, _, path = item.partition("=")
+        if language not in args.languages or not Path(path).exists():
+            raise ValueError(f"--haystack {item} must be {' or '.join(args.languages)}, =, and a path that is there.")
+        haystacks[language] = Path(path)
+    check_model_name(args.model, "model")
+    return haystacks
+
+
+check_early(__name__, lambda: check(build_parser().parse_args()))
 
 with extra("tools"):
     import torch
@@ -52,7 +145,6 @@ with extra("tools"):
     from benchmarks.common import describe_machine
     from common.loading import load
 
-TASKS = ("passkey", "multikey", "tracking")
 NUM_KEYS, NUM_STEPS, NUM_CANDIDATES = 8, 3, 10
 SCORES = ("exact", "first", "rank")
 # What a guess among the candidates gives, and what copying any number of the text gives for `exact`.
@@ -495,7 +587,7 @@ def show(console: Console, report: dict):
 
 
 def plot(report: dict, path: Path):
-    """Heat maps of `exact` and `first`, length by depth: a row for each task, two columns for each language."""
+    """Heat maps of the three scores, length by depth: a row for each task, three columns for each language."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -503,7 +595,7 @@ def plot(report: dict, path: Path):
 
     settings, cells = report["settings"], report["cells"]
     tasks, lengths, depths = settings["tasks"], settings["lengths"], settings["depths"]
-    columns = list(itertools.product(settings["haystacks"], SCORES[:2]))
+    columns = list(itertools.product(settings["haystacks"], SCORES))
     size = (1.5 + len(columns) * (0.4 + 0.5 * len(lengths)), 0.4 + len(tasks) * (0.5 + 0.3 * len(depths)))
     figure, axes = pyplot.subplots(len(tasks), len(columns), figsize=size, squeeze=False, layout="constrained")
     for (y, task), (x, (language, score)) in itertools.product(enumerate(tasks), enumerate(columns)):
@@ -513,7 +605,8 @@ def plot(report: dict, path: Path):
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for row, column in itertools.product(range(len(depths)), range(len(lengths))):
             if values[row][column] is not None:
-                axis.text(column, row, f"{values[row][column]:.2g}", ha="center", va="center", fontsize=6)
+                ink = readable_on(image.cmap(image.norm(values[row][column])))
+                axis.text(column, row, f"{values[row][column]:.2g}", ha="center", va="center", fontsize=6, color=ink)
         axis.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=6)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if x == 0 else [], fontsize=6)
         axis.set_title(f"{task} {language}, {score}", fontsize=7)
@@ -526,6 +619,17 @@ def plot(report: dict, path: Path):
     figure.savefig(part, dpi=160, format="png")
     pyplot.close(figure)
     os.replace(part, path)
+
+
+def readable_on(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever has more contrast to a colour.
+
+    Args:
+        colour: red, green and blue in [0, 1], as sRGB has them.
+    """
+    red, green, blue = ((c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in colour[:3])
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # relative, as WCAG 2 defines it
+    return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
 def _short(length: int) -> str:
@@ -565,72 +669,6 @@ def read_cells(path: Path, made_by: dict) -> list[dict]:
 
 
 # ---------------------------------------------------------------- command line
-
-
-def parse_length(text: str) -> int:
-    """'4096' or '4k' -> 4096"""
-    match = re.fullmatch(r"(\d{1,9})(k?)", text.lower())
-    if match is None or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write 4096 or 4k")
-    return int(match[1]) * (1024 if match[2] else 1)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.long_context", description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="folder or Hub name of the model")
-    parser.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on it")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    parser.add_argument("--languages", nargs="+", choices=list(WORDINGS), default=list(WORDINGS), help="default: all")
-    parser.add_argument(
-        "--lengths",
-        nargs="+",
-        type=parse_length,
-        metavar="N",
-        help="tokens of a prompt, as 4096 or 4k (default: 1k, 2k, 4k, ... up to what the model reads, at most 128k)",
-    )
-    parser.add_argument(
-        "--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="default: 0 0.25 0.5 0.75 1"
-    )
-    parser.add_argument("--samples", type=int, default=5, help="prompts a cell (default 5)")
-    parser.add_argument(
-        "--haystack",
-        nargs="+",
-        default=[],
-        metavar="LANGUAGE=PATH",
-        help="UTF-8 text to hide things in, or a folder of .txt and .md files (default: short sentences of our making)",
-    )
-    parser.add_argument("--chunk-size", type=int, default=1024, help="tokens read at a time (default 1024)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--dtype", default="auto", help="of the weights, for instance float32 (default: the checkpoint's)"
-    )
-    parser.add_argument("--device", help="for instance cuda or auto (default: cpu)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; heat maps go beside it as .png")
-    return parser
-
-
-def check(args: argparse.Namespace) -> dict[str, Path]:
-    """Refuses a command line that would fail later -> paths of haystacks by language
-
-    Raises:
-        ValueError: what is wrong and the remedy.
-    """
-    for name in ("samples", "chunk_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
-    for depth in args.depths:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"--depths has {depth:g}; depths are from 0, the beginning, to 1, the end.")
-    if args.output.suffix != ".json" or not args.output.parent.is_dir():
-        raise ValueError(f"--output {args.output} must be a .json file in a folder that is there.")
-    haystacks = {}
-    for item in args.haystack:
-        language, _, path = item.partition("=")
-        if language not in args.languages or not Path(path).exists():
-            raise ValueError(f"--haystack {item} must be {' or '.join(args.languages)}, =, and a path that is there.")
-        haystacks[language] = Path(path)
-    return haystacks
 
 
 def default_lengths(model: PreTrainedModel) -> list[int]:
@@ -706,6 +744,8 @@ def main(argv: list[str] | None = None) -> int:
     write(report, args.output)
     plot(report, args.output.with_suffix(".png"))
     show(Console(), report)
+    print(f"heat maps: {args.output.with_suffix('.png')}")
+    print(f"next: python -m tools.publish {args.model} --results {args.output} --dry-run")
     return 0
 
 

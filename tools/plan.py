@@ -22,17 +22,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import run_command
+from common.command import check_early, run_command
 from common.extras import extra
-
-with extra("tools"):
-    import numpy as np
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from configuration_deepseek import FAMILY_DEFAULTS, DeepseekConfig
-    from tools.convert import resolve_config
 
 
 class GPU(NamedTuple):
@@ -54,7 +45,6 @@ GPUS = {
     "l40s": GPU(362e12, 48e9, 0.864e12),
     "rtx4090": GPU(165.2e12, 24e9, 1.008e12),
 }
-
 # Trainings whose GPU hours were published: H800 hours for 1e12 tokens in rows of 4096, and the model they belong to.
 # V2 report (arXiv:2405.04434) section 3.2.3 for V2 and 67B, V3 report (arXiv:2412.19437) table 1.
 _V2_SIZES = {
@@ -72,6 +62,51 @@ MEASURED = {
     "67b": (_67B_SIZES, 300.6e3),
 }
 DEFAULT_ROW = 4096  # tokens of a training row, as in the pretraining of all published models
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.partition("\n")[0])
+    parser.add_argument("config", type=Path, help="config.json or a folder with one")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default="h800", metavar="NAME", help=f"of {', '.join(GPUS)} (%(default)s)"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--tokens", nargs="+", default=[], metavar="N[@ROW]", help="stages: tokens, and tokens a row (4096)"
+    )
+    training.add_argument("--hours", nargs="+", default=[], metavar="H", help="GPU hours of stages that are known")
+    training.add_argument(
+        "--mfu", default="v3", help=f"share of the bfloat16 peak, or that of {', '.join(MEASURED)} (%(default)s)"
+    )
+    training.add_argument("--price", type=float, default=2.0, help="dollars a GPU hour (%(default)s)")
+    training.add_argument("--gpus", type=int, default=8, help="GPUs that share the training states (%(default)s)")
+    training.add_argument("--zero", type=int, choices=range(4), default=3, help="ZeRO stage; 3 is FSDP (%(default)s)")
+    training.add_argument("--micro-batch", type=int, default=1, help="rows at once on a GPU (%(default)s)")
+    training.add_argument("--row", type=int, default=DEFAULT_ROW, help="tokens a row, for the memory (%(default)s)")
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument(
+        "--context", type=int, nargs="+", default=[4096, 32768, 131072], help="lengths to plan for, in tokens"
+    )
+    decoding.add_argument("--batch", type=int, default=1, help="sequences at once (%(default)s)")
+    decoding.add_argument("--weight-bits", type=float, help="of a weight (8 for FP8 checkpoints, else 16)")
+    decoding.add_argument("--cache-bits", type=float, default=16, help="of a number in the cache (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
+
+with extra("tools"):
+    import numpy as np
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from common.costs import GQACosts, Part, attention_costs, matrix, vector
+    from configuration_deepseek import FAMILY_DEFAULTS, DeepseekConfig
+    from tools.convert import resolve_config
+
 
 # The names that DeepSeek's inference demos use for the fields of config.json.
 _DEMO_FIELDS = {
@@ -134,72 +169,10 @@ def _from_demo(fields: dict) -> dict:
 # ---------------------------------------------------------------- parameters
 
 
-class Part(NamedTuple):
-    """A component of the model, counted."""
-
-    total: float = 0  # parameters
-    active: float = 0  # of these, what one token uses
-    macs: float = 0  # multiply-adds for one token, attention to other tokens left out
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(*(mine + its for mine, its in zip(self, other, strict=True)))
-
-    def __mul__(self, times: float) -> "Part":
-        return Part(*(value * times for value in self))
-
-
-def matrix(numel: float) -> Part:
-    """Weights that each token is multiplied with once."""
-    return Part(numel, numel, numel)
-
-
-def vector(numel: float) -> Part:
-    """Norms and biases, whose operations are not counted."""
-    return Part(numel, numel, 0)
-
-
-def attention_parts(config: DeepseekConfig) -> dict[str, Part]:
-    """One layer's attention, and its indexer where there is one."""
-    if config.has_latent:
-        return _mla_parts(config)
-    hidden, head = config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    branches = 3 if config.attention_kind == "nsa" else 1
-    widths = heads * head + branches * 2 * kv_heads * head
-    part = matrix(hidden * widths) + matrix(heads * head * hidden)
-    if config.attention_bias:
-        part += vector(widths + hidden)
-    if config.attention_kind == "nsa":
-        block = config.nsa_compress_block_size
-        compressor = block * head * 2 * head + 2 * head * head  # its two matrices
-        # run once for `stride` tokens and each key/value head, for keys and for values
-        runs = kv_heads / config.nsa_compress_stride
-        part += Part(compressor, compressor, compressor * runs) * 2 + vector(2 * block * head)
-        part += matrix(hidden * heads * 3) + vector(heads * 3)
-    return {"attention": part}
-
-
-def _mla_parts(config: DeepseekConfig) -> dict[str, Part]:
-    hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    rank, query_width = config.q_lora_rank, config.num_attention_heads * config.qk_head_dim
-    part = matrix(hidden * query_width) if rank is None else matrix(rank * (hidden + query_width)) + vector(rank)
-    part += matrix(hidden * (latent + config.qk_rope_head_dim)) + vector(latent)
-    # kv_b_proj; the absorbed form multiplies queries and outputs with its two halves, which is the same number
-    part += matrix(latent * heads * (config.qk_nope_head_dim + config.v_head_dim))
-    part += matrix(heads * config.v_head_dim * hidden)
-    if config.attention_bias:
-        part += vector((rank or 0) + latent + config.qk_rope_head_dim + hidden)
-    if not config.has_indexer:
-        return {"attention": part}
-    width, index_heads = config.index_head_dim, config.index_n_heads
-    indexer = matrix(rank * index_heads * width + hidden * (width + index_heads)) + vector(2 * width)
-    return {"attention": part, "indexer": indexer}
-
-
-def layer_parts(config: DeepseekConfig, kind: str) -> dict[str, Part]:
+def layer_parts(config: DeepseekConfig, kind: str, layer: int = 0) -> dict[str, Part]:
     """One decoder layer whose MLP is "dense" or "sparse"."""
     hidden = config.hidden_size
-    parts = {**attention_parts(config), "norms": vector(2 * hidden)}
+    parts = {**attention_costs(config, layer).parts(), "norms": vector(2 * hidden)}
     if kind == "dense":
         return parts | {"dense MLPs": matrix(3 * hidden * config.intermediate_size)}
     expert = 3 * hidden * config.moe_intermediate_size
@@ -218,8 +191,8 @@ def model_parts(config: DeepseekConfig) -> dict[str, Part]:
     """
     table = config.vocab_size * config.hidden_size
     parts = {"embedding": Part(table, table, 0)}
-    for kind in config.mlp_layer_types:
-        for name, part in layer_parts(config, kind).items():
+    for layer, kind in enumerate(config.mlp_layer_types):
+        for name, part in layer_parts(config, kind, layer).items():
             parts[name] = parts.get(name, Part()) + part
     parts["norms"] += vector(config.hidden_size)
     # tied, the head multiplies with the embedding's matrix
@@ -239,44 +212,20 @@ def mtp_part(config: DeepseekConfig) -> Part:
 
 
 def attention_macs(config: DeepseekConfig, keys: np.ndarray, decoding: bool) -> np.ndarray:
-    """Multiply-adds of one layer between queries and what they attend to.
-
-    Args:
-        keys: for each query the tokens that it may see, itself included.
-        decoding: new tokens over a cached past, where MLA works on latents; else tokens among themselves.
-
-    Returns:
-        One number a query.
-    """
-    heads = config.num_attention_heads
-    if config.attention_kind == "gqa":
-        return 2.0 * heads * config.head_dim * keys
-    if config.attention_kind == "nsa":
-        return 2.0 * heads * config.head_dim * sum(_nsa_keys(config, keys))
-    latents = heads * (2.0 * config.kv_lora_rank + config.qk_rope_head_dim)
-    expanded = heads * (1.0 * config.qk_head_dim + config.v_head_dim)
-    if not config.has_indexer or keys.max() <= config.index_topk:  # the indexer has nothing to choose
-        return (latents if decoding else expanded) * keys
-    scored = np.where(keys > config.index_topk, keys, 0)
-    index = config.index_n_heads * (config.index_head_dim + 1.0) * scored  # products, and their weighted sum
-    return index + latents * np.minimum(keys, config.index_topk)
+    """Multiply-adds of one layer between queries and what they attend to, the mean over the layers; as `GQACosts.macs`."""
+    costs = _all_attention(config)
+    return sum(cost.macs(keys, decoding) for cost in costs) / max(1, len(costs))
 
 
-def _nsa_keys(config: DeepseekConfig, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compressed entries, selected tokens (at most) and tokens of the window that queries with `keys` tokens attend to."""
-    compressed = np.maximum(0, (keys - config.nsa_compress_block_size) // config.nsa_compress_stride + 1)
-    selected = np.minimum(keys, config.nsa_num_select_blocks * config.nsa_select_block_size)
-    return compressed, selected, np.minimum(keys, config.nsa_window_size)
+def _all_attention(config: DeepseekConfig) -> list[GQACosts]:
+    """The costs of each layer's attention, the prediction modules' left out."""
+    return [attention_costs(config, layer) for layer in range(config.num_hidden_layers)]
 
 
 def decode_flops(config: DeepseekConfig, context: int) -> float:
     """Operations of one new token that sees `context` tokens, itself included."""
     linear = sum(model_parts(config).values(), Part()).macs
-    if (
-        config.has_indexer and context <= config.index_topk
-    ):  # nothing to choose from: of the indexer only the key is made
-        idle = config.index_n_heads * (config.q_lora_rank * config.index_head_dim + config.hidden_size)
-        linear -= config.num_hidden_layers * idle
+    linear -= sum(cost.idle_macs(context) for cost in _all_attention(config))
     return 2 * (linear + config.num_hidden_layers * float(attention_macs(config, np.array([context]), True)[0]))
 
 
@@ -309,21 +258,11 @@ def mtp_flops(config: DeepseekConfig, row: int) -> float:
 
 def cache_values(config: DeepseekConfig) -> dict[str, float]:
     """Numbers that the cache keeps, over all layers: for each token by kind, and `per sequence` whatever its length."""
-    layers = config.num_hidden_layers
-    if config.has_latent:
-        values = {"latents": layers * config.kv_lora_rank, "rotated keys": layers * config.qk_rope_head_dim}
-        if config.has_indexer:
-            values["indexer keys"] = layers * config.index_head_dim
-        return values
-    pair = layers * 2 * config.num_key_value_heads * config.head_dim
-    if config.attention_kind == "gqa":
-        return {"keys and values": pair}
-    kept = config.nsa_window_size - 1 + config.nsa_compress_block_size - 1  # tokens that the next query needs
-    return {
-        "keys and values": pair,
-        "compressed keys and values": pair / config.nsa_compress_stride,
-        "per sequence": pair * kept,
-    }
+    values: dict[str, float] = {}
+    for cost in _all_attention(config):
+        for name, count in cost.cache_values().items():
+            values[name] = values.get(name, 0) + count
+    return values
 
 
 def cache_bytes_per_token(config: DeepseekConfig, bits: float = 16) -> float:
@@ -339,17 +278,7 @@ def cache_bytes(config: DeepseekConfig, context: int, bits: float = 16) -> float
 
 def cache_bytes_read(config: DeepseekConfig, context: int, bits: float = 16) -> float:
     """What of that cache one new token must read."""
-    layers = config.num_hidden_layers
-    if config.attention_kind == "nsa":
-        entries = sum(int(count[0]) for count in _nsa_keys(config, np.array([context])))
-        values = layers * 2 * config.num_key_value_heads * config.head_dim * entries
-    elif config.has_indexer and context > config.index_topk:
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
-        values = layers * (config.index_head_dim * context + latent * config.index_topk)
-    else:
-        # the indexer's keys are of no use yet
-        values = context * sum(count for name, count in cache_values(config).items() if name != "indexer keys")
-    return values * bits / 8
+    return sum(cost.values_read(context) for cost in _all_attention(config)) * bits / 8
 
 
 def default_weight_bits(config: DeepseekConfig) -> int:
@@ -393,7 +322,7 @@ def decoding_floor(
 # ---------------------------------------------------------------- training memory
 
 
-def saved_bytes_per_token(config: DeepseekConfig, kind: str, width: int = 2) -> float:
+def saved_bytes_per_token(config: DeepseekConfig, kind: str, width: int = 2, layer: int = 0) -> float:
     """What one decoder layer keeps of a token for its backward pass, numbers being `width` bytes wide.
 
     With an attention kernel that keeps no scores. Counted are the inputs of matrix products, what attention and SwiGLU
@@ -403,14 +332,8 @@ def saved_bytes_per_token(config: DeepseekConfig, kind: str, width: int = 2) -> 
     mlp = 4  # gate, up, act(gate) and their product
     values = 0.0  # of `width` bytes
     norms = 2 * hidden  # numbers that are normalised
-    if config.has_latent:
-        query, value = heads * config.qk_head_dim, heads * config.v_head_dim
-        norms += config.kv_lora_rank + (config.q_lora_rank or 0)
-        values += 2 * query + 2 * value  # queries and keys, values and outputs
-    else:
-        branches = 3 if config.attention_kind == "nsa" else 1
-        query = heads * config.head_dim
-        values += (1 + branches) * query + branches * 2 * config.num_key_value_heads * config.head_dim
+    normalised, kept = attention_costs(config, layer).saved()
+    norms, values = norms + normalised, values + kept
     total = 4 * heads  # of each query the logarithm of its softmax's sum, float32
     if kind == "dense":
         values += mlp * config.intermediate_size
@@ -443,9 +366,9 @@ def training_memory(
     share = [1 / gpus if zero >= stage else 1 for stage in (3, 2, 1)]
     kinds = [*config.mlp_layer_types, *[config.mtp_layer_type] * config.num_nextn_predict_layers]
     tokens, width = micro_batch * row, 2
-    saved = [saved_bytes_per_token(config, kind, width) for kind in kinds]
+    saved = [saved_bytes_per_token(config, kind, width, layer) for layer, kind in enumerate(kinds)]
     activations = len(kinds) * width * config.hidden_size + max(saved) if checkpointing else sum(saved)
-    largest = max(sum(layer_parts(config, kind).values(), Part()).total for kind in set(kinds))
+    largest = max(sum(layer_parts(config, kind, layer).values(), Part()).total for layer, kind in enumerate(kinds))
     memory = {
         "parameters": 2 * total * share[0],
         "gradients": 2 * total * share[1],
@@ -684,35 +607,6 @@ def render(plan: dict, console: Console) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.partition("\n")[0])
-    parser.add_argument("config", type=Path, help="config.json or a folder with one")
-    parser.add_argument("--gpu", choices=GPUS, default="h800", help="kind of GPU (%(default)s)")
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--tokens", nargs="+", default=[], metavar="N[@ROW]", help="stages: tokens, and tokens a row (4096)"
-    )
-    training.add_argument("--hours", nargs="+", default=[], metavar="H", help="GPU hours of stages that are known")
-    training.add_argument(
-        "--mfu", default="v3", help=f"share of the bfloat16 peak, or that of {', '.join(MEASURED)} (%(default)s)"
-    )
-    training.add_argument("--price", type=float, default=2.0, help="dollars a GPU hour (%(default)s)")
-    training.add_argument("--gpus", type=int, default=8, help="GPUs that share the training states (%(default)s)")
-    training.add_argument("--zero", type=int, choices=range(4), default=3, help="ZeRO stage; 3 is FSDP (%(default)s)")
-    training.add_argument("--micro-batch", type=int, default=1, help="rows at once on a GPU (%(default)s)")
-    training.add_argument("--row", type=int, default=DEFAULT_ROW, help="tokens a row, for the memory (%(default)s)")
-    decoding = parser.add_argument_group("decoding")
-    decoding.add_argument(
-        "--context", type=int, nargs="+", default=[4096, 32768, 131072], help="lengths to plan for, in tokens"
-    )
-    decoding.add_argument("--batch", type=int, default=1, help="sequences at once (%(default)s)")
-    decoding.add_argument("--weight-bits", type=float, help="of a weight (8 for FP8 checkpoints, else 16)")
-    decoding.add_argument("--cache-bits", type=float, default=16, help="of a number in the cache (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -745,6 +639,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(plan, indent=2))
     else:
         render(plan, Console())
+        print("next: python -m pretrain.config makes the config.json of a model of your own size, from a tokenizer")
     return 0
 
 

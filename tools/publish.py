@@ -795,6 +795,12 @@ def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
             return 1
         if args.dry_run:
             console.print("dry run: nothing was written or sent.")
+            console.print(
+                f"next: python -m tools.publish {args.folder} --repo-id OWNER/NAME",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
             return 0
         for path, text in changed.items():
             part = args.folder / f"{path}.part"
@@ -803,7 +809,8 @@ def run(args: argparse.Namespace, console: Console, api: HfApi) -> int:
         user = api.whoami()["name"]
         console.print(f"as {user} to {args.repo_id}, {args.revision}")
         address = upload(root, entries, args.repo_id, args.private, args.revision, args.delete_others, api)
-        console.print(f"published and compared: {address}")
+        console.print(f"published and compared: {address}", soft_wrap=True)
+        console.print(f"next: python chat.py --model {args.repo_id}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

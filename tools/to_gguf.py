@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"next: llama-cli --model {arguments.output}, of the same llama.cpp")
     return 0
 
 

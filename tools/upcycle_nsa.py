@@ -16,13 +16,51 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from common.command import check_early, run_command
+from common.extras import extra
 
-from common.card import model_name
-from common.command import run_command
-from configuration_deepseek import FAMILY_DEFAULTS
-from tools.add_remote_code import read_config
-from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
+# Of the paper (arXiv:2502.11089): the fields `nsa_...` of a config, their values and meanings.
+SIZES = {
+    "compress_block_size": (32, "tokens of a compressed block"),
+    "compress_stride": (16, "tokens from one compressed block to the next"),
+    "select_block_size": (64, "tokens of a selected block"),
+    "num_select_blocks": (16, "blocks that a query selects, the fixed ones counted"),
+    "num_init_blocks": (1, "first blocks that are always selected"),
+    "num_local_blocks": (2, "last blocks that are always selected"),
+    "window_size": (512, "tokens of the window"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.upcycle_nsa",
+        description=__doc__.split("\n\n")[0],
+        epilog="Sizes default to the paper's.",
+    )
+    parser.add_argument("source", type=Path, help="checkpoint folder, model_type llama or deepseek")
+    parser.add_argument("output", type=Path, help="folder to write; must not exist")
+    for option, (default, meaning) in SIZES.items():
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            dest=f"nsa_{option}",
+            metavar="N",
+            type=int,
+            default=default,
+            help=f"{meaning} (%(default)s)",
+        )
+    parser.add_argument("--seed", type=int, default=0, help="of the compressors' random first layer (%(default)s)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
+
+with extra("tools"):
+    import torch
+
+    from common.card import model_name
+    from configuration_deepseek import FAMILY_DEFAULTS
+    from tools.add_remote_code import read_config
+    from tools.convert import dtype_beside, new_matrix, refuse_existing, resolve_config, tensor_files, write_checkpoint
 
 SOURCE_TYPES = ("llama", "deepseek")
 GATE_BIAS = (-4.0, 4.0, -4.0)  # of the compressed, the selected and the window branch, before the sigmoid
@@ -109,36 +147,6 @@ def upcycle(source: Path, output: Path, sizes: dict[str, int], seed: int = 0):
     write_checkpoint(source, output, config, tensor_files(source, required), change, what)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.upcycle_nsa",
-        description=__doc__.split("\n\n")[0],
-        epilog="Sizes default to the paper's.",
-    )
-    default = FAMILY_DEFAULTS["deepseek_nsa"]
-    parser.add_argument("source", type=Path, help="checkpoint folder, model_type llama or deepseek")
-    parser.add_argument("output", type=Path, help="folder to write; must not exist")
-    for option, meaning in (
-        ("compress_block_size", "tokens of a compressed block"),
-        ("compress_stride", "tokens from one compressed block to the next"),
-        ("select_block_size", "tokens of a selected block"),
-        ("num_select_blocks", "blocks that a query selects, the fixed ones counted"),
-        ("num_init_blocks", "first blocks that are always selected"),
-        ("num_local_blocks", "last blocks that are always selected"),
-        ("window_size", "tokens of the window"),
-    ):
-        parser.add_argument(
-            f"--{option.replace('_', '-')}",
-            dest=f"nsa_{option}",
-            metavar="N",
-            type=int,
-            default=default[f"nsa_{option}"],
-            help=f"{meaning} (%(default)s)",
-        )
-    parser.add_argument("--seed", type=int, default=0, help="of the compressors' random first layer (%(default)s)")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     sizes = {name: value for name, value in arguments.items() if name.startswith("nsa_")}
@@ -149,6 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     whole = sizes["nsa_num_select_blocks"] * sizes["nsa_select_block_size"]
     print(f"wrote {arguments['output']}; close to the dense model on texts of up to {whole} tokens, train it for more")
+    print(
+        f"next: python -m pretrain.train --model {arguments['output']} --start weights --data DATA --run-dir RUN --steps N"
+    )
     return 0
 
 

@@ -8,6 +8,7 @@ from tiny import make_model, make_tokens
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from common.costs import attention_costs
 from pretrain import cost, dense_twin
 
 
@@ -23,23 +24,23 @@ def test_training_flops_are_what_torch_counts(family):
     value_width = config.v_head_dim if config.has_latent else config.head_dim
     all_keys = 2 * config.num_attention_heads * (config.qk_head_dim + value_width) * length
     expected = cost.training_flops_per_token(model, length)
-    expected += 3 * layers * (all_keys - cost.attention_flops(config, length)[0])
+    expected += 3 * layers * (all_keys - attention_costs(config).training_flops(length)[0])
     assert counter.get_total_flops() / length == pytest.approx(expected, rel=1e-9)
 
 
 def test_causal_attention_reads_half_the_row():
     config = make_model("llama").config
     per_key = 2 * 4 * (8 + 8)
-    assert cost.attention_flops(config, 7) == pytest.approx((per_key * (1 + 2 + 3 + 4 + 5 + 6 + 7) / 7, 0))
+    assert attention_costs(config).training_flops(7) == pytest.approx((per_key * (1 + 2 + 3 + 4 + 5 + 6 + 7) / 7, 0))
 
 
 def test_sparse_attention_reads_what_it_selects():
     v32, nsa = make_model("v32").config, make_model("nsa").config
     seen = [min(t, 16) for t in range(1, 101)]
     indexer = 2 * 16 * 12 * sum(range(1, 101)) / 100
-    assert cost.attention_flops(v32, 100) == pytest.approx((2 * 4 * (14 + 4) * sum(seen) / 100, indexer))
+    assert attention_costs(v32).training_flops(100) == pytest.approx((2 * 4 * (14 + 4) * sum(seen) / 100, indexer))
     keys = sum(t / 4 + min(t, 4 * 16) + min(t, 12) for t in range(1, 101)) / 100
-    assert cost.attention_flops(nsa, 100) == pytest.approx((2 * 4 * (8 + 8) * keys, 0))
+    assert attention_costs(nsa).training_flops(100) == pytest.approx((2 * 4 * (8 + 8) * keys, 0))
 
 
 @pytest.mark.parametrize("mtp", [True, False])

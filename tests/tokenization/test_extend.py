@@ -65,7 +65,7 @@ def test_extended_checkpoint_loads_and_computes_the_same(checkpoint, tmp_path, f
     tiny_chat.add_tokenizer(source)
     (tmp_path / "law.txt").write_text("".join(TEXTS))
     output = tmp_path / "out"
-    arguments = ["--model", source, "--text", tmp_path / "law.txt", "--out", output, "--new-tokens", NEW_TOKENS]
+    arguments = ["--model", source, "--text", tmp_path / "law.txt", "--output", output, "--new-tokens", NEW_TOKENS]
     assert main(list(map(str, arguments))) == 0
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
@@ -133,6 +133,6 @@ def test_errors_come_before_work(checkpoint, tmp_path, capsys):
     with pytest.raises(ValueError, match="`vocab_size` 100; use the tokenizer that belongs to the model"):
         extend_checkpoint(source, tmp_path / "out", new, replaced)
     (tmp_path / "law.txt").write_text("x")
-    arguments = ["--model", str(source), "--text", str(tmp_path / "law.txt"), "--out", str(tmp_path)]
+    arguments = ["--model", str(source), "--text", str(tmp_path / "law.txt"), "--output", str(tmp_path)]
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from tiny_chat import VOCAB_SIZE, add_tokenizer
@@ -152,6 +153,10 @@ def test_files_of_another_form_are_refused(data, task, file, content, message):
         (["--tasks", "humaneval", "--data", "."], "--allow-code-execution"),
         (["--tasks", "gsm8k", "--data", ".", "--limit", "0"], "--limit is 0"),
         (["--text", "en"], "NAME=FILE"),
+        (["--tasks", "arc_easy"], "arc_easy needs --data"),
+        (["--tasks", "gsm8k", "--data", "no/folder"], "no/folder: there is no such folder"),
+        (["--tasks", "no.yaml"], "no.yaml: there is no such file"),
+        (["--tasks", "gsm8k", "--data", ".", "--log-samples"], "--log-samples needs --output"),
     ],
 )
 def test_command_line_is_checked_first(options, message, capsys):
@@ -211,7 +216,7 @@ def test_right_answers_score_one_and_wrong_ones_zero(data, tmp_path, monkeypatch
 
     monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", Known)
     monkeypatch.setattr(evaluate, "load", lambda *_, **__: (None, None))
-    options = ["any", "--data", str(data), "--allow-code-execution", "--tasks", *evaluate.TASKS]
+    options = ["any/model", "--data", str(data), "--allow-code-execution", "--tasks", *evaluate.TASKS]
     report = evaluate.run(parse(*options))
     scores = {}
     for row in report["results"]:
@@ -240,6 +245,79 @@ def test_right_answers_score_one_and_wrong_ones_zero(data, tmp_path, monkeypatch
 
     monkeypatch.setattr(Known, "knows", False)
     assert {row["metric_value"] for row in evaluate.run(parse(*options))["results"]} == {0.0}
+
+
+# A task of one's own, in the harness's format, with a function beside it.
+OWN_TASK = """
+task: capitals
+output_type: multiple_choice
+test_split: test
+process_docs: !function words.shout
+doc_to_text: "Capital of {{country}}?"
+doc_to_target: label
+doc_to_choice: cities
+metric_list:
+  - metric: acc
+"""
+WORDS = """
+def shout(documents):
+    return documents.map(lambda document: {"country": document["country"].upper()})
+"""
+
+
+@pytest.fixture
+def more_tasks(tmp_path) -> Path:
+    """A folder with the data of a task of the harness and of one's own, whose file is `own/capitals.yaml`."""
+    pytest.importorskip("lm_eval", reason="lm-eval is an optional dependency")
+    for name in ("arc_easy", "capitals", "own"):
+        (tmp_path / name).mkdir()
+    rows = [
+        {"question": q, "choices": {"label": ["A", "B"], "text": ["yes", "no"]}, "answerKey": "B"} for q in ("a", "b")
+    ]
+    write_lines(tmp_path / "arc_easy" / "test.jsonl", rows)
+    row = {"country": "France", "cities": ["Paris", "Rome"], "label": 0}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "capitals" / "test.parquet")
+    (tmp_path / "own" / "capitals.yaml").write_text(OWN_TASK)
+    (tmp_path / "own" / "words.py").write_text(WORDS)
+    return tmp_path
+
+
+def test_other_tasks_of_the_harness_and_of_ones_own(more_tasks, checkpoint, tmp_path, capsys):
+    folder = add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE))
+    output, own = tmp_path / "out.json", str(more_tasks / "own" / "capitals.yaml")
+    options = ["--tasks", "arc_easy", own, "--data", str(more_tasks), "--output", str(output), "--log-samples"]
+    assert evaluate.main([str(folder), *options]) == 0
+    rows = json.loads(output.read_text())["results"]
+    assert {(row["dataset_type"], row["dataset_name"], row["metric_args"]["samples"]) for row in rows} == {
+        ("allenai/ai2_arc", "arc_easy", 2),
+        ("capitals", "capitals", 1),
+    }
+    samples = [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
+    assert sorted(sample["task"] for sample in samples) == ["arc_easy", "arc_easy", "capitals"]
+    own_sample = next(sample for sample in samples if sample["task"] == "capitals")
+    assert "Capital of FRANCE?" in json.dumps(own_sample["arguments"])
+    assert own_sample["acc"] == next(row["metric_value"] for row in rows if row["dataset_name"] == "capitals")
+    assert "next: python -m tools.publish" in capsys.readouterr().out
+    assert evaluate.main([str(folder), *options]) == 2  # nothing is overwritten
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("no_such_task", "no task of the harness"),
+        ("hellaswag", "validation.jsonl or"),
+        ("humaneval_instruct", "runs generated programs"),
+    ],
+)
+def test_other_tasks_that_cannot_be_measured_are_refused(more_tasks, task, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.build_other_task(evaluate.find_definition(task), more_tasks)
+
+
+def test_an_own_task_without_data_is_refused(more_tasks):
+    with pytest.raises(ValueError, match="no dataset_path, and there is no folder capitals"):
+        evaluate.build_other_task(more_tasks / "own" / "capitals.yaml", more_tasks / "own")
 
 
 def test_a_checkpoint_by_one_command(checkpoint, data, tmp_path, capsys):

@@ -53,7 +53,9 @@ def convert(folder, llama_cpp) -> str:
 
 def test_tokenizer_of_this_repository(llama_cpp):
     expected = ["deepseek-v3", "as it is", str(ROOT), "--outfile", "out.gguf", "--outtype", "f16"]
-    assert convert(ROOT, llama_cpp) == str(expected)
+    said, after = convert(ROOT, llama_cpp).splitlines()
+    assert said == str(expected)
+    assert after.startswith("next: llama-cli")
 
 
 def test_other_tokenizers_are_left_to_the_converter(llama_cpp, tmp_path):
