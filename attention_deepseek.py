@@ -41,7 +41,7 @@ class AttentionInput(NamedTuple):
 
     embeds: torch.Tensor  # [B, S, hidden_size]; masks follow its shape, dtype and device
     attention_mask: torch.Tensor | None  # as the user gave it
-    position_ids: torch.LongTensor  # [B or 1, S]
+    position_ids: torch.Tensor  # [B or 1, S]
     past_key_values: Cache | None
     past_length: int | torch.Tensor  # tokens in the cache; a tensor for static caches
     learns: bool = False  # some layer's indexer is being trained
@@ -107,7 +107,7 @@ class DeepseekAttention(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def mask_for_generation(cls, config, attention_mask: torch.Tensor | None, **kwargs):
+    def mask_for_generation(cls, config, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs):
         """What `generate` prepares outside a compiled step and hands to `forward` as `attention_mask`: the mask itself,
         unless the kind can do with one that is made ahead. `kwargs` are those of `create_causal_mask`."""
         return attention_mask

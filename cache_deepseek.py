@@ -10,6 +10,7 @@ Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width o
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
@@ -32,7 +33,9 @@ class GrowingLayer(DynamicLayer):
     `token_states`, the attributes that hold one entry a token, [B, K, T, D] each.
     """
 
-    token_states = ("keys", "values")
+    keys: Any  # tensors, once tokens have come
+    values: Any
+    token_states: tuple[str, ...] = ("keys", "values")
     keeps_more = False  # than keys and values
 
     def __init__(self, **kwargs):
@@ -60,7 +63,7 @@ class GrowingLayer(DynamicLayer):
     def _append(self, name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         past_length = past.shape[-2] if past.numel() else 0
         length = past_length + new.shape[-2]
-        buffer = self._buffers.get(name)
+        buffer: Any = self._buffers.get(name)
         extends = buffer is not None and past.data_ptr() == buffer.data_ptr() and past.shape[0] == buffer.shape[0]
         # what was made under `torch.inference_mode` cannot be written to outside
         extends = extends and (torch.is_inference_mode_enabled() or not buffer.is_inference())
@@ -74,7 +77,7 @@ class GrowingLayer(DynamicLayer):
         buffer[:, :, past_length:length] = new
         return buffer[:, :, :length]
 
-    def crop(self, tokens_to_remove: int) -> int:
+    def crop(self, tokens_to_remove: int) -> Any:
         """Takes back the last `-tokens_to_remove` tokens -> how many those were.
 
         Before transformers 5.17 a number from 0 on is the length to keep, as it was for every cache then.
@@ -168,6 +171,9 @@ class LatentLayer(GrowingLayer):
 class StaticLatentLayer(StaticLayer):
     """A `StaticLayer` for MLA whose `keys` and `values` are parts of one buffer, `entries`, as in `LatentLayer`."""
 
+    keys: Any
+    values: Any
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the buffer for states of these shapes."""
         super().lazy_initialization(key_states, value_states)
@@ -186,7 +192,8 @@ class StaticLatentLayer(StaticLayer):
         slots = torch.arange(count, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(count)
         self.entries[:, :, slots] = torch.cat((key_states, value_states), dim=-1)
-        return self.entries.split((self.k_head_dim, self.v_head_dim), dim=-1)
+        keys, values = self.entries.split((self.k_head_dim, self.v_head_dim), dim=-1)
+        return keys, values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row b becomes what row beam_idx[b] was, in place."""
@@ -198,7 +205,7 @@ class IndexedLayer(LatentLayer):
     """A `LatentLayer` that also holds the keys of a lightning indexer; its methods are those of transformers'
     `DynamicIndexedLayer`, so that either may be used."""
 
-    token_states = ("keys", "values", "indexer_keys")
+    token_states: tuple[str, ...] = ("keys", "values", "indexer_keys")
     keeps_more = True
 
     def __init__(self, **kwargs):
@@ -233,7 +240,7 @@ class Int8Layer(IndexedLayer):
     are. `update` returns all tokens in their own dtype, so one layer at a time is there in full.
     """
 
-    token_states = ("keys", "values", "key_scales", "value_scales", "indexer_keys")
+    token_states: tuple[str, ...] = ("keys", "values", "key_scales", "value_scales", "indexer_keys")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -464,7 +471,7 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[int], GrowingL
             cache.layers[i] = make_layer(i).static_twin(layer.max_cache_len)
 
 
-def take_back(layer: CacheLayerMixin, count: int):
+def take_back(layer: Any, count: int):
     """Takes back the last `count` tokens of a layer, static ones too."""
     if not count or not layer.is_initialized:
         return

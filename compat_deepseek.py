@@ -93,12 +93,14 @@ def cache_field(cache: Cache | None) -> dict:
 
 def create_causal_mask(*, past_key_values: Cache | None, **kwargs):
     """transformers' `create_causal_mask`; shapes as there."""
-    return _create_causal_mask(**{CACHE_NAME: past_key_values}, **kwargs)
+    kwargs[CACHE_NAME] = past_key_values
+    return _create_causal_mask(**kwargs)
 
 
 def create_masks_for_generate(*, past_key_values: Cache | None, **kwargs):
     """transformers' `create_masks_for_generate`; shapes as there."""
-    return _create_masks_for_generate(**{CACHE_NAME: past_key_values}, **kwargs)
+    kwargs[CACHE_NAME] = past_key_values
+    return _create_masks_for_generate(**kwargs)
 
 
 def update_paged_cache(

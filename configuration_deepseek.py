@@ -17,6 +17,7 @@ imply is derived when it is read, so a config may be edited; `validate` looks at
 """
 
 import inspect
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -160,7 +161,7 @@ class _Derived:
     def __set_name__(self, owner, name):
         self.name = name
 
-    def __get__(self, config, owner=None):
+    def __get__(self, config, owner=None) -> Any:
         if config is None:
             return self
         value = config.__dict__.get(self.name)
@@ -246,7 +247,7 @@ class DeepseekConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[Any] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -354,13 +355,8 @@ class DeepseekConfig(PreTrainedConfig):
         kwargs.pop(
             "layer_types", None
         )  # says nothing that the other fields do not, and would outlive an edit of theirs
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=self.bos_token_id,
-            eos_token_id=self.eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        kwargs |= {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**kwargs, tie_word_embeddings=tie_word_embeddings)  # pyrefly: ignore[unexpected-keyword]  # fields
 
     def validate(self):
         """Looks at the fields as they are now: models call it when they are built, and `save_pretrained` before it writes.
@@ -686,9 +682,9 @@ class DeepseekConfig(PreTrainedConfig):
         config.validate()
         return loaded
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         self.validate()  # before a folder is made, and in every release of transformers
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def __eq__(self, other) -> bool:
         # transformers makes a dataclass of this class, which would compare its own fields only
@@ -767,7 +763,8 @@ def _validate_rope(rope: dict, width: int):
         name = "original_max_position_embeddings"
         _check_number(f"rope_scaling.{name} (of type {kind!r})", rope.get(name), minimum=1)
     if kind == "llama3":
-        low, high = (rope.get(f"{name}_freq_factor") for name in ("low", "high"))
+        low: Any = rope.get("low_freq_factor")
+        high: Any = rope.get("high_freq_factor")
         _check_number("rope_scaling.low_freq_factor (of type 'llama3')", low, minimum=1e-6)
         _check_number("rope_scaling.high_freq_factor (of type 'llama3')", high, minimum=1e-6)
         if low >= high:

@@ -15,13 +15,13 @@ V vocabulary, D hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
-    GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
@@ -172,7 +172,7 @@ class Drafter:
             position_offset: int64 [B or 1, 1], position ids minus places.
             choose: (number of the draft from 0, logits [B, V]) -> tokens [B]; None to draft nothing.
         """
-        each = torch.arange(len(counts), device=states.device)
+        each, extra = torch.arange(len(counts), device=states.device), 0
         kept, held, drafts = torch.tensor(counts, device=states.device), [], 0
         draft_embeds = next_embeds[:, 0]  # of the draft before; of none yet
         for k, rows in enumerate(self.rows):
@@ -237,8 +237,8 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """
 
     rounds: int | None = None
-    drafted: torch.LongTensor | None = None
-    accepted: torch.LongTensor | None = None
+    drafted: torch.Tensor | None = None
+    accepted: torch.Tensor | None = None
 
 
 class Speculation:
@@ -254,7 +254,7 @@ class Speculation:
         input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
+        generation_config: Any,
         model_kwargs: dict,
     ):
         self.model = model
@@ -281,7 +281,7 @@ class Speculation:
         self.drafted = torch.zeros(self.num_drafts, dtype=torch.long)
         self.accepted = torch.zeros(self.num_drafts, dtype=torch.long)
 
-    def run(self, streamer=None) -> torch.LongTensor | SpeculativeOutput:
+    def run(self, streamer=None) -> torch.Tensor | SpeculativeOutput:
         """Generates until all rows have stopped."""
         states, prompt_embeds = self._prefill()
         counts = self._take(states[:, -1:], num_drafts=0, streamer=streamer)
@@ -352,7 +352,8 @@ class Speculation:
             (given,) = tokens(start, stop).values()
             return given if embeds is not None else self._embed(given)
 
-        size = max(self.config.prefill_chunk_size or count, len(self.drafter.rows))
+        size, stop = max(self.config.prefill_chunk_size or count, len(self.drafter.rows)), 0
+        states: Any = None
         for start in range(0, count, size):
             stop = min(start + size, count)
             states = self.model.model(
@@ -433,11 +434,11 @@ class Speculation:
             tokens = scores.argmax(dim=-1)
             return tokens, (tokens[:, :num_drafts] == drafts).long().cumprod(dim=1).sum(dim=1)
         probs = scores.softmax(dim=-1)
-        draft_probs = torch.stack([*draft_probs[:num_drafts], torch.zeros_like(probs[:, 0])], dim=1)
-        p, q = (x[:, :num_drafts].gather(2, drafts[:, :, None])[:, :, 0] for x in (probs, draft_probs))
+        drawn_from = torch.stack([*draft_probs[:num_drafts], torch.zeros_like(probs[:, 0])], dim=1)
+        p, q = (x[:, :num_drafts].gather(2, drafts[:, :, None])[:, :, 0] for x in (probs, drawn_from))
         matches = (torch.rand_like(p) * q < p).long().cumprod(dim=1).sum(dim=1)
         target = probs[self.each, matches]
-        rest = (target - draft_probs[self.each, matches]).clamp(min=0)
+        rest = (target - drawn_from[self.each, matches]).clamp(min=0)
         # where p and q differ by rounding only, nothing is left
         rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, target)
         tokens = nn.functional.pad(drafts, (0, 1))
@@ -466,7 +467,7 @@ class Speculation:
                 break
         return scores, tokens, torch.full((self.batch,), place)
 
-    def _text(self, num_drafts: int) -> torch.Tensor:
+    def _text(self, num_drafts: int) -> Any:
         """Ids of all rows up to the first drafts, of the length that those have that go on; padding behind the others."""
         text = self.ids[:, : self.lengths[self.active.index(True)] + num_drafts].clone()
         for row, (length, active) in enumerate(zip(self.lengths, self.active, strict=True)):
@@ -506,7 +507,8 @@ class Speculation:
             rows = [row for row, column in enumerate(columns) if 0 <= column < count]
             inside = torch.tensor(columns, device=scores.device).clamp(0, count - 1)
             # a copy, since some processors write into what they get
-            processed = processor(self.ids[:, :width], logits[self.each, inside].clone())
+            text: Any = self.ids[:, :width]
+            processed = processor(text, logits[self.each, inside].clone())
             scores[rows, inside[rows]] = processed[rows]
         return scores
 
@@ -522,7 +524,7 @@ class Speculation:
                 for width in widths
             ]
         ).tolist()  # bool [widths, B]
-        stops = [None] * self.batch
+        stops: list[int | None] = [None] * self.batch
         for row in active:
             own = range(starts[row] + 1, starts[row] + counts[row] + 1)
             stops[row] = next(
@@ -545,15 +547,15 @@ class Speculation:
                         record.append(torch.zeros_like(values[:, 0]))
                     record[place][row] = values[row, i]
 
-    def _output(self) -> torch.LongTensor | SpeculativeOutput:
-        sequences = self.ids[:, : max(self.lengths)].clone()
+    def _output(self) -> torch.Tensor | SpeculativeOutput:
+        sequences: Any = self.ids[:, : max(self.lengths)].clone()
         for row, length in enumerate(self.lengths):
             if length < sequences.shape[1]:
                 sequences[row, length:] = self.config._pad_token_tensor
         if not self.config.return_dict_in_generate:
             return sequences
         new = sequences.shape[1] - self.prompt_width
-        records = {name: tuple(record[:new]) or None for name, record in self.records.items()}
+        records: dict[str, Any] = {name: tuple(record[:new]) or None for name, record in self.records.items()}
         return SpeculativeOutput(
             sequences=sequences,
             **cache_field(self.rows.cache if self.batch == 1 else None),

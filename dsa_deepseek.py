@@ -8,7 +8,7 @@ Shape letters: B batch, S queries, C queries of a chunk, T keys, n keys that a q
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class DeepseekDSA(DeepseekMLA):
         return View(visible, has_past=int(tokens.past_length) > 0)
 
     @classmethod
-    def mask_for_generation(cls, config, attention_mask, **kwargs):
+    def mask_for_generation(cls, config, attention_mask, past_key_values, **kwargs):
         """As it is: its form depends on how many tokens there are."""
         return attention_mask
 
@@ -92,7 +92,8 @@ class DeepseekDSA(DeepseekMLA):
             )
             if past_key_values is not None:  # for the time when there are more tokens
                 key = self.indexer.make_key(hidden_states.detach(), position_embeddings)
-                past_key_values.layers[self.layer_idx].update_indexer(key)
+                layer: Any = past_key_values.layers[self.layer_idx]
+                layer.update_indexer(key)
             return results
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError(
@@ -291,7 +292,7 @@ class SumGradient(torch.autograd.Function):
         return states.view_as(states)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx, gradient: torch.Tensor):  # pyrefly: ignore[bad-override]  # as PyTorch documents it
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -350,7 +351,8 @@ def selected_latent_attention(
     else:
         query_bytes = 4 * batch * indexer.topk * (latent.shape[-1] + k_rope.shape[-1])
     chunk = max(1, _LATENT_BYTES // query_bytes)
-    outputs, losses, num_queries = [], [], 0
+    outputs, losses = [], []
+    num_queries: Any = 0
     for start in range(0, length, chunk):
         queries = slice(start, min(start + chunk, length))
         end = visible.total - length + queries.stop

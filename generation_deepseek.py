@@ -4,6 +4,8 @@ in chunks with a progress bar, prefixes that are kept on disk, an int8 cache, co
 Shape letters: B batch.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
@@ -18,7 +20,10 @@ from .prefix_deepseek import Prefix, describe_model, read_prefix
 _CHUNK = 1024  # tokens of a chunk of `prefill`
 
 
-class DeepseekGenerationMixin(GenerationMixin):
+_Generation: Any = GenerationMixin  # whose annotations want `self` to be a whole model
+
+
+class DeepseekGenerationMixin(_Generation):
     """transformers' generation, and `mtp_tokens`: how many tokens the multi-token-prediction modules draft a round.
 
     It may stand in a call of `generate`, in a `GenerationConfig` and in generation_config.json. `use_mtp=True`,
@@ -102,7 +107,7 @@ class DeepseekGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
+        generation_config: Any,
         synced_gpus: bool = False,
         streamer=None,
         **model_kwargs,
@@ -207,7 +212,8 @@ class DeepseekGenerationMixin(GenerationMixin):
                 f"`input_ids` has shape {tuple(input_ids.shape)}: a prefix is one row without padding, [1, tokens]."
             )
         cache = self.prefill(input_ids, past_key_values=self.int8_cache() if int8 else None, **kwargs)
-        layers = [layer.tensors() for layer in cache.layers]
+        held: list[Any] = cache.layers
+        layers = [layer.tensors() for layer in held]
         return Prefix(input_ids, layers, *self._prefix_kind(int8))
 
     def load_prefix(self, path, int8: bool = False) -> Prefix:

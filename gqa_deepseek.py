@@ -50,9 +50,11 @@ class DeepseekGQA(DeepseekAttention):
         return View(make_causal_mask(config, tokens, tokens.past_key_values), has_past=True)
 
     @classmethod
-    def mask_for_generation(cls, config, attention_mask, **kwargs):
+    def mask_for_generation(cls, config, attention_mask, past_key_values, **kwargs):
         """transformers' own."""
-        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+        return create_masks_for_generate(
+            config=config, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
 
     def forward(
         self,

@@ -13,7 +13,8 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,7 +55,7 @@ def register_expert_conversion(model_type: str):
 
     Without this, custom code loads experts as random numbers with no more than a warning.
     """
-    conversion = [
+    conversion: list[Any] = [
         WeightConverter(
             source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
             target_patterns="mlp.experts.gate_up_proj",
@@ -241,6 +242,7 @@ class CheckpointFiles:
             raise ValueError(f"{self.path} has {min(orphans)}{suffix} but no {min(orphans)}. {remedy}")
         if bare := fp8 - scaled:
             raise ValueError(f"{min(bare)} in {self.path} is FP8 but has no {min(bare)}{suffix}. {remedy}")
+        sides = block_size or ()
         for name in sorted(scaled & self.headers.keys()):
             header, scale = self.headers[name], self.headers[name + suffix]
             if name not in fp8 or len(header["shape"]) != 2:
@@ -248,7 +250,7 @@ class CheckpointFiles:
                     f"{self.path} has {name}{suffix}, but {name} is {header['dtype']} of shape {header['shape']}, no FP8 "
                     f"matrix. {remedy}"
                 )
-            expected = [-(-size // block) for size, block in zip(header["shape"], block_size, strict=True)]
+            expected = [-(-size // block) for size, block in zip(header["shape"], sides, strict=True)]
             if scale["shape"] != expected or scale["dtype"] not in _FLOATS:
                 raise ValueError(
                     f"{name}{suffix} in {self.path} is {scale['dtype']} of shape {scale['shape']}; blocks of {block_size} "
@@ -281,7 +283,7 @@ def _names_in_files(model: torch.nn.Module, present) -> Iterator[tuple[str, tupl
         yield from ((f"{path}.{i}.{part}.weight", shape) for i in range(len(tensor)) for part in parts)
 
 
-def _belongs_to_head(name: str, model: torch.nn.Module) -> bool:
+def _belongs_to_head(name: str, model: Any) -> bool:
     """Whether a checkpoint may lack a tensor: the head of a task, which is still to be trained, and a tied output head.
     The output head of what was saved as a language model must be there."""
     if name.startswith("model.") or not hasattr(model, "model"):
@@ -584,11 +586,11 @@ class PlainWeights:
         self.files = files
         self.arguments = {"pretrained_model_name_or_path": files.path}  # of transformers' `from_pretrained`
 
-    def reading(self):
+    def reading(self) -> AbstractContextManager:
         """A context in which transformers reads them."""
         return nullcontext()
 
-    def finish(self, model: torch.nn.Module):
+    def finish(self, model: Any):
         """Puts right what transformers could not know."""
 
 
@@ -601,7 +603,7 @@ class KeptFP8(PlainWeights):
         config.quantization_config = dict(quantization)
         keep_unscaled_layers(config, files)
 
-    def finish(self, model: torch.nn.Module):
+    def finish(self, model: Any):
         """The config says what the file's says."""
         model.config.quantization_config.modules_to_not_convert = self.not_converted
 
@@ -618,7 +620,7 @@ class DequantisedFP8(PlainWeights):
         """Without transformers' threads that read ahead."""
         return one_tensor_at_a_time()
 
-    def finish(self, model: torch.nn.Module):
+    def finish(self, model: Any):
         """The model was loaded from tensors, so what else transformers finds by the path is still to be done."""
         path = self.files.path
         model.name_or_path = model.config.name_or_path = str(path)
@@ -629,7 +631,8 @@ class DequantisedFP8(PlainWeights):
 def find_weights(files: CheckpointFiles, config, device_map) -> PlainWeights:
     """In which precision weights come from the files. Of block-scaled FP8 the config forgets its `quantization_config`,
     unless it stays FP8."""
-    quantization, block_size = getattr(config, "quantization_config", None), pop_block_fp8(config)
+    quantization: Any = getattr(config, "quantization_config", None)
+    block_size = pop_block_fp8(config)
     if block_size is None:
         return PlainWeights(files)
     if hardware_has_fp8(device_map):

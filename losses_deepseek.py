@@ -7,11 +7,10 @@ Shape letters: B batch, S tokens, E experts.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 class LayerOutput(NamedTuple):
@@ -39,7 +38,7 @@ class LayerNotes:
         self._balance: list[torch.Tensor | None] = []
         self._index: list[torch.Tensor | None] = []
 
-    def take(self, layer: nn.Module, output: LayerOutput) -> torch.Tensor:
+    def take(self, layer: Any, output: LayerOutput) -> torch.Tensor:
         """Notes what `layer` returned besides its states, which are handed back."""
         hidden_states, balance_loss, load, index_loss = output
         if self.training and layer.is_sparse:

@@ -16,6 +16,8 @@ Shape letters: B batch, S new tokens, T all tokens in view (past and new), H que
 
 import copy
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,13 +83,13 @@ class DeepseekModelOutput(ModelOutput):
     index_loss: in training with `index_topk`, the sum of the layers' indexer losses, without `index_loss_weight`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    aux_loss: torch.FloatTensor | None = None
-    index_loss: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
+    index_loss: torch.Tensor | None = None
 
 
 @model_output
@@ -107,16 +109,16 @@ class DeepseekCausalLMOutput(ModelOutput):
     The rest as in `DeepseekModelOutput`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    lm_loss: torch.FloatTensor | None = None
-    mtp_loss: torch.FloatTensor | None = None
-    aux_loss: torch.FloatTensor | None = None
-    index_loss: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    lm_loss: torch.Tensor | None = None
+    mtp_loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    index_loss: torch.Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,7 +180,9 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekSharedHead(config)
 
-    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs) -> LayerOutput:
+    def forward(  # pyrefly: ignore[bad-override]  # a layer with one more input
+        self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs
+    ) -> LayerOutput:
         """hidden_states h^(k-1) and next_embeds, each [B, S, hidden_size] -> h^k and the rest of a decoder layer's"""
         joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)  # [B, S, 2 * hidden_size]
         return super().forward(self.eh_proj(joined), **kwargs)
@@ -205,7 +209,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": DeepseekDecoderLayer,
-        "attentions": OutputRecorder(target_class=None, index=1, class_name="self_attn"),
+        "attentions": OutputRecorder(target_class=None, index=1, class_name="self_attn"),  # pyrefly: ignore[bad-argument-type]  # by name
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
 
@@ -221,7 +225,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = in_float32 or None
         self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
         if config.separate_experts:
-            config.model_type = f"{self.config_class.model_type}_separate"  # for which no rule stacks experts
+            config.model_type = f"{DeepseekConfig.model_type}_separate"  # for which no rule stacks experts
             self._can_compile_fullgraph = False  # which experts run depends on the data
 
     @classmethod
@@ -247,7 +251,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             kwargs["dtype"] = default_dtype(config, kwargs.get("device_map"))
         weights = find_weights(files, config, kwargs.get("device_map"))
         with explain_loading_error(pretrained_model_name_or_path), weights.reading():
-            loaded = super().from_pretrained(*model_args, config=config, **weights.arguments, **kwargs)
+            arguments: dict[str, Any] = {**weights.arguments, **kwargs, "config": config}
+            path = arguments.pop("pretrained_model_name_or_path")
+            loaded = super().from_pretrained(path, *model_args, **arguments)
         weights.finish(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -313,11 +319,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> DeepseekModelOutput:
@@ -366,10 +372,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
     def predict_further(
         self,
         hidden_states: torch.Tensor,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
         """Runs the multi-token-prediction modules over whole rows, without a cache.
@@ -400,7 +406,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         hidden_states: torch.Tensor,
         next_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
+        position_ids: torch.Tensor,
         past_key_values: Cache,
     ) -> torch.Tensor:
         """Runs one multi-token-prediction module, counted from 0, over a cache of its own, as generation does.
@@ -425,7 +431,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, dict]:
         """What a layer is given besides its input and the cache, for each kind of attention in `layer_kinds`.
@@ -449,9 +455,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> tuple[dict[str, View], torch.LongTensor, torch.BoolTensor | None]:
+    ) -> tuple[dict[str, View], torch.Tensor, torch.Tensor | None]:
         """What is seen from where. Tracers by torch.fx (llm-compressor) take a function of this name as one step.
 
         Returns:
@@ -464,7 +470,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         token_mask = None
         if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
             token_mask = attention_mask.bool()
-        learns = self.training and any(layer.self_attn.learns() for layer in self.layers)
+        layers: Iterable[Any] = self.layers
+        learns = self.training and any(layer.self_attn.learns() for layer in layers)
         tokens = AttentionInput(inputs_embeds, attention_mask, position_ids, past_key_values, past_length, learns)
         views = {name: kind.view(self.config, tokens) for name, kind in self.attention_kinds.items()}
         return views, position_ids, token_mask
@@ -473,7 +480,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         """An empty cache layer of the kind that layer `index` wants; prediction modules count on behind the layers."""
         return self.attention_kinds[self.layer_kinds[index]].make_cache_layer(self.config)
 
-    def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def _embed(self, input_ids: Any) -> torch.Tensor:
         try:
             return self.embed_tokens(input_ids)  # [B, S, hidden_size]
         except IndexError as error:
@@ -496,7 +503,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config):
         super().__init__(config)
@@ -509,12 +516,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,

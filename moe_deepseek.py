@@ -9,6 +9,7 @@ P experts per token, F inner width of an expert.
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ class DeepseekRouter(nn.Module):
             # A buffer, so that no optimiser touches it; float32, since its steps (0.001) vanish in bfloat16.
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         else:
-            self.e_score_correction_bias = None
+            self.e_score_correction_bias: Any = None
         # Tokens that each expert got in training since the last bias update. Not a buffer: DistributedDataParallel
         # would overwrite the counts of every process with those of the first.
         self.expert_load: torch.Tensor | None = None  # float32 [E]
@@ -149,7 +150,9 @@ class DeepseekExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         """Understands the names of the files, one weight an expert, as well as those in memory.
 
         Trainers give `load_state_dict` what lies in a checkpoint. A part of the experts (one shard of several) changes
@@ -166,7 +169,7 @@ class DeepseekExperts(nn.Module):
             given = {key: state_dict.pop(key) for row in keys for key in row if key in state_dict}
             wrong = [key for key, weight in given.items() if weight.shape != shape]
             if wrong:
-                errors.append(f"{wrong[0]} has shape {tuple(given[wrong[0]].shape)}; the model's is {shape}.")
+                error_msgs.append(f"{wrong[0]} has shape {tuple(given[wrong[0]].shape)}; the model's is {shape}.")
                 continue
             missing_keys += absent
             if absent:
@@ -177,7 +180,7 @@ class DeepseekExperts(nn.Module):
             stacked = [torch.cat([given[key] for key in row]) for row in keys]  # E of [2F, D] or [D, F]
             state_dict[prefix + name] = torch.stack(stacked)
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     @staticmethod
@@ -294,7 +297,7 @@ class DeepseekMoE(nn.Module):
 
     def count_load(self, load: torch.Tensor):
         """Notes tokens per expert, float32 [E], at the router: at the active one of wrappers that have several."""
-        gate = self.gate
+        gate: Any = self.gate
         if not hasattr(gate, "count_load"):  # a wrapper that passes no attributes on
             gate = next(module for module in gate.modules() if hasattr(module, "count_load"))
         gate.count_load(load)
@@ -378,7 +381,7 @@ def update_router_bias(model: nn.Module, update_rate: float = 1e-3) -> dict[int,
         bias are reported too, not changed. Empty if nothing was trained.
     """
     # by its own attributes: wrappers (PEFT's `modules_to_save`) pass on those of the router inside
-    routers = [module for module in model.modules() if "expert_load" in vars(module)]
+    routers: list[Any] = [module for module in model.modules() if "expert_load" in vars(module)]
     distributed = dist.is_available() and dist.is_initialized()
     loads = {}
     for router in routers:

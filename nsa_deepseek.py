@@ -12,7 +12,8 @@ A position counts a document's own tokens from 0: left padding has none, and eac
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,13 +119,13 @@ def nsa_reference(
         outputs[0].append(output)  # zeros where nothing is visible
 
         own = t // sizes.select_block
-        rank = {}
+        rank: dict[int, tuple] = {}
         for j in range(1, own + 2):  # the paper's j
             entries = [units_a_select * j - m - n for m in range(units_a_select) for n in range(units_a_block)]
             importance = sum((p_cmp[:, i - 1].sum() for i in entries if 1 <= i <= len(visible)), torch.zeros(()))
             fixed = j - 1 < sizes.num_init or j - 1 > own - sizes.num_local
             rank[j - 1] = (not fixed, -importance.bfloat16().item(), -j)
-        blocks = sorted(rank, key=rank.get)[: sizes.num_select]
+        blocks = sorted(rank, key=lambda block: rank[block])[: sizes.num_select]
         chosen[t, blocks] = True
         keys = [
             s for j in sorted(blocks) for s in range(j * sizes.select_block, (j + 1) * sizes.select_block) if s <= t
@@ -133,7 +134,8 @@ def nsa_reference(
 
         recent = range(max(0, t - sizes.window + 1), t + 1)
         outputs[2].append(attend(query[t], windowed[0][recent], windowed[1][recent])[0])
-    return *(torch.stack(branch) for branch in outputs), chosen
+    from_compressed, from_selected, from_window = (torch.stack(branch) for branch in outputs)
+    return from_compressed, from_selected, from_window, chosen
 
 
 def _hide_entries(scores: torch.Tensor, positions: torch.Tensor, num_seen: int, sizes: NSASizes):
@@ -237,7 +239,7 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output):  # pyrefly: ignore[bad-override]  # as PyTorch documents it
         query, key, value = ctx.saved_tensors
         scaling = ctx.arguments[0]
         grad_query = torch.zeros_like(query)
@@ -341,7 +343,7 @@ def choose_blocks(mass: torch.Tensor, positions: torch.Tensor, num_blocks: int, 
     units_a_block, units_a_select = sizes.block // sizes.stride, sizes.select_block // sizes.stride
     num_units = num_blocks * units_a_select
     padded = F.pad(mass, (units_a_block - 1, num_units - mass.shape[-1]))
-    on_units = sum(padded[..., i : i + num_units] for i in range(units_a_block))  # [..., C, units]
+    on_units: Any = sum(padded[..., i : i + num_units] for i in range(units_a_block))  # [..., C, units]
     importance = on_units.unflatten(-1, (num_blocks, units_a_select)).sum(dim=-1)  # [..., C, blocks]
 
     own = (positions // sizes.select_block)[..., None]  # [..., C, 1]
@@ -415,7 +417,7 @@ class _SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output):  # pyrefly: ignore[bad-override]  # as PyTorch documents it
         query, key, value, blocks, output, log_sum_exp = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))
         mean_grad = (grad_output.float() * output.float()).sum(dim=-1, keepdim=True)  # [N, S, G, 1]
@@ -494,8 +496,12 @@ def selected_attention(
 
 
 # The branches, on a GPU by kernels. Same arguments, same results.
-_PYTORCH = compressed_attention, selected_attention, window_attention
-_TRITON = triton_compressed_attention, triton_selected_attention, triton_window_attention
+_PYTORCH: tuple[Callable[..., Any], ...] = compressed_attention, selected_attention, window_attention
+_TRITON: tuple[Callable[..., Any], ...] = (
+    triton_compressed_attention,
+    triton_selected_attention,
+    triton_window_attention,
+)
 
 
 class NSAStates(NamedTuple):
@@ -547,7 +553,7 @@ def attend_sequence(
             rotated, *(x[:, : past + stop] for x in selected), blocks, scaling, first, sizes.select_block
         )
         from_window = attend_window(rotated, *(x[:, : past_in_window + stop] for x in windowed), scaling, sizes.window)
-        output = sum(
+        output: Any = sum(
             branch * weight
             for branch, weight in zip(
                 (from_compressed, from_selected, from_window), gate.split(1, dim=-1), strict=True
@@ -624,8 +630,8 @@ def attend_gathered(
 
     gates = split_streams(gates, num_key_value_heads).float()  # [N, S, G, 3]
     branches = zip((from_compressed, from_selected, from_window), gates.split(1, dim=-1), strict=True)
-    output = sum(branch * gate for branch, gate in branches).to(query.dtype)
-    return join_streams(output, batch)
+    output: Any = sum(branch * gate for branch, gate in branches)
+    return join_streams(output.to(query.dtype), batch)
 
 
 def _attend(query, key, value, seen) -> torch.Tensor:

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,7 +77,8 @@ class Prefix:
         cache = DynamicCache()
         cache.layer_class_to_replicate = None
         cache.layers = [self.make_layer(i) for i in range(len(self.layers))]
-        for layer, tensors in zip(cache.layers, self.layers, strict=True):
+        layers: list[Any] = cache.layers
+        for layer, tensors in zip(layers, self.layers, strict=True):
             layer.put_tensors({name: tensor.repeat_interleave(batch_size, dim=0) for name, tensor in tensors.items()})
         return cache
 
