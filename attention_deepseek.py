@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from .cache_deepseek import GrowingLayer
 from .compat_deepseek import create_causal_mask
 
-# What a kind of attention may support. Facts of the code, not of a machine.
+# Capabilities of a kind of attention. They depend on the code, not on the machine.
 STATIC_CACHE = "a static cache"  # buffers of a fixed length, as compiled decoding wants them
 INT8_CACHE = "an int8 cache"
 PAGED_CACHE = "a paged cache"  # transformers' continuous batching: pages of keys and values, and nothing else
@@ -171,7 +171,8 @@ def eager_attention_forward(
 
 
 def apply_mask(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Scores with the hidden ones at the smallest number, so that a row without any visible key stays finite.
+    """The scores, with masked ones set to the dtype's smallest number, so that a row without visible keys stays
+    finite.
 
     Args:
         mask: bool (false is hidden) or float (added); None hides nothing.
@@ -190,7 +191,7 @@ def softmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that attention sums in: float32, or float64 for itself."""
+    """The dtype in which attention accumulates: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -105,7 +105,7 @@ class GrowingLayer(DynamicLayer):
         self._change_extras(lambda states: states[indices])
 
     def static_twin(self, max_cache_len: int) -> CacheLayerMixin:
-        """An empty static layer that keeps the same of `max_cache_len` tokens."""
+        """An empty static layer with room for `max_cache_len` tokens that stores the same tensors."""
         return StaticLayer(max_cache_len)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -124,7 +124,7 @@ class GrowingLayer(DynamicLayer):
                 setattr(self, name, change(getattr(self, name)))
 
     def reset(self) -> None:
-        """Forgets all tokens and gives the memory back."""
+        """Forgets all tokens and frees the memory."""
         for name in self.token_states:
             setattr(self, name, None)
         self._buffers.clear()
@@ -351,7 +351,7 @@ class NSACacheLayer(GrowingLayer):
         return tuple(states[rows, :, start - oldest : stop - oldest] for states in group)
 
     def trim(self):
-        """Lets old tokens of `raw` and `windowed` go, once there are twice as many as are kept."""
+        """Drops old tokens of `raw` and `windowed` once there are twice as many as needed."""
         if not self.record_past:
             self.raw = _last_tokens(self.raw, self.needed_raw + _UNDO_TOKENS)
             self.windowed = _last_tokens(self.windowed, self.needed_windowed + _UNDO_TOKENS)
@@ -382,7 +382,7 @@ class NSACacheLayer(GrowingLayer):
         return removed
 
     def reset(self):
-        """Forgets all tokens and gives the memory back."""
+        """Forgets all tokens and frees the memory."""
         super().reset()
         self._forget()
 
@@ -438,8 +438,8 @@ def check_offloading(what: str):
 
 
 def use_growing_layers(cache: Cache | None, make_layer: Callable[[int], GrowingLayer], num_layers: int) -> None:
-    """Puts layers of the model's own in the places of a cache's empty `DynamicLayer`s and `StaticLayer`s; other layers
-    (quantised) stay.
+    """Replaces a cache's empty `DynamicLayer`s and `StaticLayer`s by the model's own layers; other layers (quantised)
+    stay.
 
     `generate` and users make plain caches; the model's forward calls this on them.
 

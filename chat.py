@@ -7,8 +7,8 @@
     python chat.py --prompt "Summarise this:" - < text.txt
     python chat.py --prefix manual.safetensors            # a long text, read before (python -m tools.prefix)
 
-Answers stream as they are written, thinking apart and dim. Ctrl-C stops an answer and keeps what there is of it; `/help`
-lists the commands. The cache of the chat is kept, so a turn reads only the tokens that are new. What is typed or loaded
+Answers stream as they are written, thinking apart and dim. Ctrl-C stops an answer and keeps the part that is written;
+`/help` lists the commands. The cache of the chat is kept, so a turn reads only the tokens that are new. What is typed or loaded
 from a file never becomes a control token (tokenization/safe_chat.py). A chat that no longer fits the model's context is
 refused with the remedy; nothing is forgotten unless `/drop` or `/clear` say so.
 
@@ -275,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prefix", type=Path, metavar="FILE", help="begin with the text of a file that tools.prefix wrote"
     )
     chat.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of functions that the model may call")
-    chat.add_argument("--load", type=Path, metavar="FILE", help="go on with a chat that /save wrote")
+    chat.add_argument("--load", type=Path, metavar="FILE", help="continue a chat that /save wrote")
     chat.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="think before answering (default: no)")
     sampling = parser.add_argument_group("sampling")
     for field, kind, meaning in (

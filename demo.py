@@ -155,7 +155,7 @@ def write(
 
 
 class ShowProgress(TrainerCallback):
-    """A live bar; where there is no terminal, a line each fifth of the way."""
+    """A live progress bar; without a terminal, a line after each fifth of the steps."""
 
     def __init__(self, console: Console):
         columns = (

@@ -32,7 +32,7 @@ _LATENT_BYTES = 64 * 2**20  # latents gathered at once
 class DeepseekDSA(DeepseekMLA):
     """MLA in which an indexer selects `index_topk` tokens for each query, and only they are attended to, in absorbed form.
 
-    As long as there are no more tokens than that, it is MLA in its other forms, and the indexer's keys are only cached.
+    While there are no more tokens than that, it runs as dense MLA, and the indexer's keys are only cached.
     """
 
     title = "sparse attention (DSA)"
@@ -160,7 +160,7 @@ def dsa_reference(
 
 
 class IndexStates(NamedTuple):
-    """What the indexer makes of S tokens."""
+    """The indexer's queries, head weights and keys of S tokens."""
 
     query: torch.Tensor  # [B, S, H, D]
     weights: torch.Tensor  # float32 [B, S, H], scaled
@@ -284,7 +284,7 @@ def attend_latents(
 
 
 class SumGradient(torch.autograd.Function):
-    """The same numbers; their gradient is summed over the processes of a group, each of which has some of the heads."""
+    """The identity, whose gradient is summed over the processes of a group, each of which has some of the heads."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, group) -> torch.Tensor:
@@ -366,7 +366,7 @@ def selected_latent_attention(
             *(q_nope[:, :, queries], q_rope[:, :, queries], latent[:, :end], k_rope[:, :end], up_projections),
             *(states.query[:, queries], states.weights[:, queries], index_key[:, :end], seen, chosen, learns, mesh),
         )
-        # in training what is gathered is gathered again for the backward: kept, it would be S * topk latents
+        # in training the backward gathers again: storing the gathered latents would take S * topk of them
         run = partial(checkpoint, _attend_chosen, use_reentrant=False) if torch.is_grad_enabled() else _attend_chosen
         output, loss = run(*arguments)
         outputs.append(output)

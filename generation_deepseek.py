@@ -288,7 +288,7 @@ class DeepseekGenerationMixin(_Generation):
 
 
 class _PagedView:
-    """A model as transformers' paged cache is to see it: with a config of its own."""
+    """The model as transformers' paged cache sees it, with another config."""
 
     def __init__(self, model, config):
         self._model = model

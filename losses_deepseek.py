@@ -25,8 +25,8 @@ class LayerOutput(NamedTuple):
 class LayerNotes:
     """Sums what the layers of one pass add to the loss, and counts each router's load.
 
-    What a layer returns is known from the settings. To look whether it is None would mislead tracers, to whom every result
-    of a layer is a stand-in.
+    What a layer returns is known from the settings. Testing for None would mislead tracers, which replace every
+    result of a layer by a proxy.
 
     Args:
         training: the layers are in training mode, and those with experts return their load and, with `aux_loss_alpha`, a
@@ -39,7 +39,7 @@ class LayerNotes:
         self._index: list[torch.Tensor | None] = []
 
     def take(self, layer: Any, output: LayerOutput) -> torch.Tensor:
-        """Notes what `layer` returned besides its states, which are handed back."""
+        """Records what `layer` returned beside its states, and returns the states."""
         hidden_states, balance_loss, load, index_loss = output
         if self.training and layer.is_sparse:
             layer.mlp.count_load(load)
@@ -86,7 +86,7 @@ def further_targets(labels: torch.Tensor, position_ids: torch.Tensor | None, k: 
 
 
 def share_of_step(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """The part that these targets are of those of an optimiser step, over micro-batches and processes; 1 for a whole step.
+    """These targets as a share of those of the optimizer step, over micro-batches and processes; 1 for a whole step.
 
     Losses that are means over their micro-batch count by it, so that accumulated ones are the mean over the step.
     """

@@ -97,8 +97,8 @@ class DeepseekMLA(DeepseekAttention):
 
     @classmethod
     def view(cls, config, tokens: AttentionInput) -> View:
-        """A first pass goes through the attention interface, whose mask is then as if there were no cache. After that,
-        attention is by matrix products of its own, and the mask a plain tensor, whatever the kernel."""
+        """The first pass uses the attention interface, with the mask of a model without a cache. Later passes use our
+        own matrix products, with the mask as a plain tensor, whatever the kernel."""
         if tokens.is_first:
             if tokens.attention_mask is not None and tokens.past_key_values is not None:
                 # a static cache's mask covers its empty slots too
@@ -108,8 +108,8 @@ class DeepseekMLA(DeepseekAttention):
             return View(None, has_past=True)
         mask = make_causal_mask(plain_mask_config(config), tokens, tokens.past_key_values)
         if mask is None and tokens.length > 1:
-            # transformers leaves "causal, nothing else hidden" to the kernel; here no mask means that all is seen. It
-            # does so only where the new tokens are all there are: in a compiled first prompt.
+            # For a purely causal mask transformers gives None and relies on the kernel; here None means that
+            # everything is visible. It does so only where the new tokens are all there are: in a compiled first prompt.
             square = torch.ones(tokens.length, tokens.length, dtype=torch.bool, device=tokens.embeds.device)
             mask = square.tril()[None, None]
         return View(mask, has_past=True)
@@ -164,7 +164,7 @@ class DeepseekMLA(DeepseekAttention):
         all_latent, all_k_rope, cache_layer = self._cache(latent, k_rope, past_key_values, has_past)
         if not has_past:
             query, key, value = self._expanded(q_nope, q_rope, latent, k_rope)
-            # vLLM refuses attention in whose `forward`, as it is written, it does not find this call.
+            # vLLM searches the source of `forward` for this call and refuses attention without it.
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             output, probs = attend(
                 self,
@@ -327,8 +327,8 @@ class DeepseekMLA(DeepseekAttention):
         """The matrix that kv_b_proj applies to every row, [H * (Dn + Dv), C]; None where there is no such matrix or it
         cannot be known, and attention must run the module itself.
 
-        With LoRA, quantised or offloaded it is what the module makes of the identity. That costs more than a decoded
-        token should, so it is kept with the cache, for as long as the text whose latents lie there.
+        With LoRA, quantisation or offloading, it is the module's output for the identity. This costs more than a
+        decoded token should, so the matrix is kept with the cache for as long as its text.
         """
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.kv_b_proj.modules()):
             return None  # they may do anything, such as choosing an adapter for each row
@@ -347,7 +347,8 @@ class DeepseekMLA(DeepseekAttention):
         return cache_layer.kv_b_weight
 
     def _probe_kv_b(self, latent: torch.Tensor) -> torch.Tensor | None:
-        """What kv_b_proj makes of the identity, [H * (Dn + Dv), C], if it maps other rows, zero among them, alike.
+        """The output of kv_b_proj for the identity, [H * (Dn + Dv), C], if kv_b_proj applies the same matrix to other
+        rows, the zero row included.
 
         A bias, in the module or in an adapter on it, or anything else that is not linear, shows there.
         """

@@ -1,7 +1,7 @@
 """DeepSeek language models: dense GQA (DeepSeek-LLM), DeepSeekMoE, and MLA with MoE (V2, V3, R1, V3.2).
 
 Read from top to bottom: what a forward pass returns, the decoder layer, the multi-token-prediction module, the model, its
-heads. What a layer is made of stands in files of its own:
+heads. Each part of a layer has its own file:
 
     attention    ATTENTION_KINDS[config.attention_kinds[i]]: attention_deepseek.py says what a kind is
     MLP          config.mlp_layer_types[i]: DeepseekMLP (layers_deepseek.py) or DeepseekMoE (moe_deepseek.py, with the routers)
@@ -100,7 +100,7 @@ class DeepseekCausalLMOutput(ModelOutput):
     logits: [B, S or `logits_to_keep`, vocab_size].
     lm_loss: cross entropy of the next token, nats a token.
     mtp_loss: mean over the multi-token-prediction modules of their cross entropies; in training only.
-        Both are divided by their targets, or by `num_items_in_batch` (the targets of the whole optimiser step) where a
+        Both are divided by their targets, or by `num_items_in_batch` (the targets of the whole optimizer step) where a
         trainer gives it.
     aux_loss: sum of the layers' balance losses, without the factor; in training only. A mean over the rows.
     index_loss: sum of the layers' indexer losses, without the factor; in training with `index_topk` only. A mean over the
@@ -230,9 +230,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As in transformers; besides, checks the files first, does without multi-token-prediction weights that a
-        checkpoint lacks, dequantises block-scaled FP8 (but keeps it on GPUs that have such arithmetic), picks float32 on
-        CPUs that have no bfloat16 arithmetic, and reads pickled weights only if `use_safetensors` is False.
+        """Like transformers' method, and also: checks the files first, loads without the multi-token-prediction
+        weights that a checkpoint lacks, dequantises block-scaled FP8 (but keeps it on GPUs that have such
+        arithmetic), picks float32 on CPUs that have no bfloat16 arithmetic, and reads pickled weights only if
+        `use_safetensors` is False.
 
         Raises:
             ValueError: a shard is missing, truncated or no safetensors file; the message names the file.
@@ -258,8 +259,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers, under the model's own class: a class that a library puts in its place (as FSDP2 does) would
-        have the library's files copied as model code, and be named in config.json."""
+        """As in transformers, under the model's own class: with a class that a library substitutes (as FSDP2 does),
+        transformers would copy the library's files as model code and name that class in config.json."""
         given = type(self)
         own = next(cls for cls in given.__mro__ if cls.__module__.split(".")[0] not in ("torch", "accelerate"))
         if own is not given:
@@ -291,13 +292,13 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             init.normal_(module.position, mean=0.0, std=std)
 
     def update_router_bias(self, update_rate: float = 1e-3) -> dict[int, torch.Tensor]:
-        """`moe_deepseek.update_router_bias` on this model: call it after each optimiser step."""
+        """`moe_deepseek.update_router_bias` on this model: call it after each optimizer step."""
         return update_router_bias(self, update_rate)
 
 
 class DeepseekModel(DeepseekPreTrainedModel):
-    """Embedding, decoder layers and last norm. `layers` also holds the multi-token-prediction modules, behind the
-    `num_hidden_layers` of the model itself, as the checkpoints number them; the forward runs them only on request."""
+    """Embedding, decoder layers and last norm. `layers` also holds the multi-token-prediction modules, after the
+    model's own `num_hidden_layers` layers, as checkpoints number them; the forward runs them only on request."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -458,7 +459,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[dict[str, View], torch.Tensor, torch.Tensor | None]:
-        """What is seen from where. Tracers by torch.fx (llm-compressor) take a function of this name as one step.
+        """What each query may see. Tracers by torch.fx (llm-compressor) take a function of this name as one step.
 
         Returns:
             for each kind of attention among the layers what its queries may see, positions [B or 1, S], and in training
@@ -477,7 +478,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         return views, position_ids, token_mask
 
     def make_cache_layer(self, index: int) -> GrowingLayer:
-        """An empty cache layer of the kind that layer `index` wants; prediction modules count on behind the layers."""
+        """An empty cache layer of the kind that layer `index` wants; the indices of prediction modules follow those
+        of the layers."""
         return self.attention_kinds[self.layer_kinds[index]].make_cache_layer(self.config)
 
     def _embed(self, input_ids: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .layers_deepseek import DeepseekMLP
 
-_FEW_TOKENS = 32  # up to so many, experts run with as few operations as there may be
+_FEW_TOKENS = 32  # up to this many tokens, experts run with the fewest operations
 
 # ---------------------------------------------------------------------------------------------------------------
 # Routing: scores -> selection -> weights
@@ -49,7 +49,7 @@ def _select_in_best_groups(scores: torch.Tensor, rate: Callable, router: "Deepse
     if router.topk_group < router.n_group:
         grouped = scores.unflatten(-1, (router.n_group, -1))  # [N, G, E/G]
         best_groups = rate(grouped).topk(router.topk_group, dim=-1, sorted=False).indices  # [N, topk_group]
-        # a tensor of False, for with a number scatter cannot be traced
+        # a tensor of False, since scatter with a number cannot be traced
         none = torch.zeros_like(best_groups, dtype=torch.bool)
         excluded = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best_groups, none)  # [N, G]
         # -inf, not 0: biased scores can be negative, and a 0 would then beat an expert of a chosen group
@@ -96,7 +96,7 @@ class DeepseekRouter(nn.Module):
         self.select = SELECTIONS[config.topk_method]
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if config.topk_method == "noaux_tc":
-            # A buffer, so that no optimiser touches it; float32, since its steps (0.001) vanish in bfloat16.
+            # A buffer, so that no optimizer touches it; float32, since its steps (0.001) vanish in bfloat16.
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         else:
             self.e_score_correction_bias: Any = None
@@ -230,7 +230,7 @@ class DeepseekExperts(nn.Module):
         return output
 
     def _run_few(self, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj) -> torch.Tensor:
-        """The same for decoding, where operations are small and it counts how many they are: two for each expert."""
+        """The same for decoding, where the number of operations decides the speed: two for each expert."""
         top_k, chosen = top_k_index.shape[1], top_k_index.flatten().tolist()
         if len(hidden_states) == 1 and max(chosen) < self.num_experts:
             return self._run_one(hidden_states, chosen, top_k_weights, gate_up_proj, down_proj)
@@ -369,7 +369,7 @@ def sequence_balance_loss(
 def update_router_bias(model: nn.Module, update_rate: float = 1e-3) -> dict[int, torch.Tensor]:
     """Auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1): b_i += update_rate * sign(mean load - load_i).
 
-    Call it after each optimiser step. Loads are summed over the processes of the default group first, so every
+    Call it after each optimizer step. Loads are summed over the processes of the default group first, so every
     process makes the same update.
 
     Args:

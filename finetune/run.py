@@ -192,7 +192,7 @@ def _fine_tune(
 
 
 def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] | None) -> int:
-    """Read the options, run, and turn errors of the user's making into one line; returns the exit code."""
+    """Read the options, run, and report the user's errors in one line; returns the exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")  # to each other
     try:
         options = read_options(schema, argv, prog)
