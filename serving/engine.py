@@ -461,6 +461,7 @@ class BatchingEngine:
             while self._paging.num_blocks is None and self._manager.is_running():
                 time.sleep(0.01)
             if self._paging.num_blocks is None:
+                self.stop()  # gives the model its attention back
                 raise ValueError("the memory has no room for a paged cache; --cache-blocks makes a smaller one")
 
     def takes(self, planned: Planned) -> bool:
@@ -535,6 +536,7 @@ class BatchingEngine:
             **self._of_request(sampling),
         )
         if added is None:  # it is stopping; nobody would end the answer
+            del self._open[request_id]
             generation.put(EngineFailed("continuous batching has ended; start the server again"))
         return generation
 

@@ -27,7 +27,7 @@ import serve
 import serving.app
 from common.loading import load
 from serving.app import Service
-from serving.engine import BatchingEngine, BothEngines, Engine, KeptCaches, PromptRead, twin
+from serving.engine import BatchingEngine, BothEngines, Engine, EngineFailed, KeptCaches, PromptRead, twin
 from serving.protocol import CHAT_FIELDS, Sampling
 from serving.texts import StopFinder
 from tokenization.answers import TokenStream
@@ -301,8 +301,26 @@ def test_a_paged_cache_of_a_share_of_the_memory_knows_its_size():
     assert engine.takes([([1, 2, 3], Sampling(5))])
     assert not engine.takes([([1, 2, 3], Sampling(10**9))])
     engine.stop()
+    model, tokens = make_model("v3"), make_tokens(1, 9)
+    expected = model(tokens).logits
     with pytest.raises(ValueError, match="--cache-blocks"):
-        BatchingEngine(make_model("v3"), ContinuousBatchingConfig(**paging, max_memory_percent=1e-9))
+        BatchingEngine(model, ContinuousBatchingConfig(**paging, max_memory_percent=1e-9))
+    assert torch.equal(model(tokens).logits, expected), "it is as it was"
+
+
+def test_a_batch_that_has_died_says_so(tokenizer, monkeypatch):
+    model = make_model("v3")
+    engine = BatchingEngine(model, ContinuousBatchingConfig(page_size=8, num_blocks=8, max_batch_tokens=32))
+    monkeypatch.setattr(engine._manager, "add_request", lambda *_, **__: None)  # as it does while it dies
+
+    async def ask_it():
+        (one,) = engine.submit([([1, 2, 3], Sampling(4, temperature=0.0))])
+        with pytest.raises(EngineFailed, match="start the server again"):
+            _ = [event async for event in one]
+
+    asyncio.run(ask_it())
+    assert engine.load() == (0, 0)
+    engine.stop()
 
 
 def test_a_model_on_several_devices_is_not_batched():
