@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import write_results
 from benchmarks.places import ROOT
 from common.command import run_command
+from common.machine import describe_machine
 
 WAYS = {
     "turning (libgomp's default)": {},
