@@ -340,7 +340,7 @@ def draw(results: dict, path: Path):
         for axis, language in zip(row, LANGUAGES, strict=True):
             draw_one(axis, part, language)
             axis.set_title(", ".join(filter(None, (LANGUAGES[language], title))))
-            axis.set_ylabel("bits per byte, held out")
+            axis.set_ylabel("" if draw_one is _draw_recoveries else "bits per byte, held out")
             axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
