@@ -27,11 +27,11 @@ test-transformers-%: $(VENV)-transformers-%/installed
 	$(VENV)-transformers-$*/bin/python -m pytest -n $(WORKERS) tests/unit tests/contract tests/parity
 
 # What people do around the model, family by family and release by release: runs the tests marked `compatibility` on each
-# release and writes docs/compatibility.md.
+# release, the slow ones among them on the pinned one only, and writes docs/compatibility.md.
 PINNED = $(shell sed -n 's/^transformers==\([0-9.]*\).*3.11.*/\1/p' requirements.txt | head -1)
 COMPATIBILITY := benchmarks/results/compatibility
 compatibility: $(VENV)/installed-test $(addprefix compatibility-,5.6.0 5.12.1 5.17.0 5.19.0 newest)
-	$(RUN) -m pytest -n $(WORKERS) -m "compatibility and not slow and not gpu" --compatibility $(COMPATIBILITY)/pinned.json
+	$(RUN) -m pytest -n $(WORKERS) -m "compatibility and not gpu" --compatibility $(COMPATIBILITY)/pinned.json
 	$(RUN) docs/draw_compatibility.py $(COMPATIBILITY)/*.json --pinned $(PINNED)
 
 compatibility-%: $(VENV)-transformers-%/installed

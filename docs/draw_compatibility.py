@@ -27,8 +27,8 @@ INTRODUCTION = """# Compatibility
 Each cell is made by tests that can fail, and this page is written from their results: `make compatibility` runs the tests
 marked `compatibility` and then `docs/draw_compatibility.py`. **yes**: the tests of this cell pass. **refused**: they pass, and
 show that this is refused with the message in the note. **partly**: some ways work, those in the note are refused. An empty
-cell: no test of this run is about it, since the family has nothing of the kind or since slow tests, which the runs below leave
-out, are.
+cell: no test of this run is about it, mostly since the family has nothing of the kind. Slow tests (compilers, tensor and
+expert parallelism, trainers in several processes) run on the first table's release only.
 
 """
 

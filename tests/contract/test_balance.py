@@ -189,6 +189,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.compatibility("`update_router_bias` in several processes", family="v3")
 def test_two_processes_agree_with_one(tmp_path):
     """DistributedDataParallel over two halves of a batch: loads are sums, and all make the same update."""
     run_python(WORKER.format(tests=str(ROOT / "tests"), folder=str(tmp_path)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from checks import assert_close
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
-from tiny import MAIN_FAMILIES, make_model, make_tokens
+from tiny import FAMILIES, MAIN_FAMILIES, make_config, make_model, make_tokens
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -63,6 +63,47 @@ def test_disk_offload(family, tmp_path):
     model = make_model(family)
     accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     compare(family, model)
+
+
+@pytest.mark.compatibility("accelerate's `load_checkpoint_in_model`")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@torch.no_grad()
+def test_load_checkpoint_in_model(family, shard, tmp_path):
+    expected, tokens = make_model(family, seed=1), make_tokens(2, 24)
+    expected.save_pretrained(tmp_path, max_shard_size=shard)
+    model = make_model(family)
+    accelerate.load_checkpoint_in_model(model, tmp_path)
+    assert_close(model(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.compatibility("accelerate's `load_checkpoint_and_dispatch`")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@torch.no_grad()
+def test_load_checkpoint_and_dispatch(family, place, tmp_path):
+    """It knows parameters by their names in the files, which routed experts have as modules of their own. Without
+    `offload_buffers` accelerate leaves out the buffers of what lies on disk, whatever the model: the routers' biases."""
+    expected, tokens = make_model(family, seed=1), make_tokens(2, 24)
+    expected.save_pretrained(tmp_path / "model")
+    experts = {"separate_experts": True} if make_config(family).mlp_layer_types.count("sparse") else {}
+    with accelerate.init_empty_weights():
+        model = DeepseekForCausalLM(make_config(family, **experts)).eval()
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": place if i else "cpu" for i in range(len(model.model.layers))}
+    model = accelerate.load_checkpoint_and_dispatch(
+        model, tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload", offload_buffers=True
+    )
+    assert_close(model(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["deepseek", "v3"])
+def test_load_checkpoint_and_dispatch_leaves_no_stacked_experts_empty(family, tmp_path):
+    make_model(family).save_pretrained(tmp_path)
+    with accelerate.init_empty_weights():
+        model = DeepseekForCausalLM(make_config(family))
+    with pytest.raises(NotImplementedError, match="meta tensor; no data"):
+        accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"})
 
 
 @pytest.mark.compatibility("`generate`, offloaded")

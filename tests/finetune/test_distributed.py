@@ -90,6 +90,7 @@ def _prepare(checkpoint, folder):
     return add_tokenizer(checkpoint("v3", vocab_size=VOCAB_SIZE))
 
 
+@pytest.mark.compatibility("FSDP2, fine-tuning", family="v3")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_fsdp2_learns_what_one_process_learns(checkpoint, tmp_path, method):
     base = _prepare(checkpoint, tmp_path)
@@ -109,6 +110,7 @@ def test_fsdp2_learns_what_one_process_learns(checkpoint, tmp_path, method):
         load_model(str(output / "final"))
 
 
+@pytest.mark.compatibility("DistributedDataParallel, fine-tuning", family="v3")
 @pytest.mark.parametrize("method", ["lora", "esft"])
 def test_a_model_in_each_process_learns_what_one_process_learns(checkpoint, tmp_path, method):
     base = _prepare(checkpoint, tmp_path)

@@ -29,6 +29,7 @@ def _values(base, tmp_path, **more):
     }
 
 
+@pytest.mark.compatibility("TRL's `DPOTrainer`: LoRA, full", family="v3")
 @pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_dpo_prefers_what_is_chosen(base, tmp_path, method):
     examples = [
@@ -52,6 +53,7 @@ def test_dpo_wants_preferences(base, tmp_path):
         dpo.run(make_options(DPOOptions, _values(base, tmp_path)))
 
 
+@pytest.mark.compatibility("TRL's `GRPOTrainer`", family="v3")
 def test_grpo_runs_and_reports_rewards(base, tmp_path):
     write_jsonl(number_problems(12, 1, kinds=["count"])[0], tmp_path / "data.jsonl")
     values = _values(

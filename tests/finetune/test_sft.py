@@ -79,6 +79,7 @@ def _eval_loss(model, tokenizer, files):
 # ---------------------------------------------------------------- whole runs
 
 
+@pytest.mark.compatibility("TRL's `SFTTrainer`: LoRA, ESFT, full")
 @pytest.mark.parametrize(
     ("family", "method"), [("v3", "lora"), slow("llama", "lora"), slow("v3", "esft"), slow("v3", "full")]
 )
@@ -446,6 +447,7 @@ def test_a_quantiser_that_is_not_installed_is_explained(monkeypatch):
             quantisation_config(quantise)
 
 
+@pytest.mark.compatibility("QLoRA (torchao, bitsandbytes)", family="v3")
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantise", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
 def test_qlora_trains_adapters_on_quantised_weights(chat_checkpoint, files, quantise, library):

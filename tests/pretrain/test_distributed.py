@@ -86,6 +86,7 @@ def _assert_alike(run, reference, tolerance):
             assert {k: pytest.approx(v, rel=tolerance) for k, v in wanted[name].items()} == record[name]
 
 
+@pytest.mark.compatibility("DistributedDataParallel and FSDP2, pretraining", family="v3")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "optimizer", "tolerance"),

@@ -351,6 +351,7 @@ def test_report_and_tensorboard(workspace, checkpoint, tmp_path):
     assert events.Scalars("router_bias/2/1")
 
 
+@pytest.mark.compatibility("training of compiled layers")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["v3", "nsa"])
 def test_compiled_layers_train_alike(workspace, checkpoint, tmp_path, family):
