@@ -248,13 +248,13 @@ class DeepseekGenerationMixin(_Generation):
         if not HAS_PAGED_CACHE:
             raise ValueError(
                 "This release of transformers has no continuous batching that the model can use; it came with 5.19. "
-                "Use `generate`, serve without --continuous-batching, or upgrade transformers."
+                "Use `generate`, or upgrade transformers."
             )
         require(
             self.model.attention_kinds.values(),
             PAGED_CACHE,
             f"Continuous batching is asked for (`model_type` {self.config.checkpoint_model_type!r})",
-            "transformers' has room for keys and values only. Use `generate`, or serve without --continuous-batching.",
+            "transformers' has room for keys and values only. Use `generate`.",
         )
         (kind,) = self.model.attention_kinds.values()  # pages are alike, so layers must be
         manager = super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)

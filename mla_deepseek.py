@@ -8,6 +8,8 @@ and with position and of its value, C the latent width.
 """
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -350,21 +352,37 @@ class DeepseekMLA(DeepseekAttention):
         """The output of kv_b_proj for the identity, [H * (Dn + Dv), C], if kv_b_proj applies the same matrix to other
         rows, the zero row included.
 
-        A bias, in the module or in an adapter on it, or anything else that is not linear, shows there.
+        A bias, in the module or in an adapter on it, or anything else that is not linear, shows there. Of an adapter with
+        dropout only the bias is looked for.
         """
         width = self.kv_lora_rank
         identity = torch.eye(width, dtype=latent.dtype, device=latent.device)
         signs = 1 - 2 * (torch.arange(width, device=latent.device) % 3 == 0).to(latent.dtype)
         rows = torch.stack((torch.zeros_like(signs), 3 * signs))  # [2, C]
-        image, others = self.kv_b_proj(torch.cat((identity, rows))).split((width, 2))
-        if self.training:
-            # Dropout in an adapter makes rows differ, so a bias is told by being there; it may be zero yet, but learns.
-            has_bias = any(getattr(module, "bias", None) is not None for module in self.kv_b_proj.modules())
-            return None if has_bias else image.T
-        differences = (others - rows @ image).detach().abs().amax(dim=1)  # [2]
+        if self.training and _has_bias(self.kv_b_proj):
+            return None  # it may be zero yet, but learns
+        image = self.kv_b_proj(identity)
+        # in a pass of its own, since an adapter may choose by all rows of a pass what it does to each
+        errors = (self.kv_b_proj(rows) - rows @ image).detach()  # [2, H * (Dn + Dv)]
+        if errors[0].any():
+            return None
+        dropout = self.training and any(isinstance(m, nn.Dropout) and m.p for m in self.kv_b_proj.modules())
         # quantised modules may compute in bfloat16, whatever they are given; zero is exact in every dtype
-        rounding = 4 * torch.finfo(torch.bfloat16).eps * (rows.abs() @ image.detach().abs()).max()
-        return image.T if differences[0] == 0 and differences[1] <= rounding else None
+        rounding = 4 * torch.finfo(torch.bfloat16).eps * (rows[1, :, None] * image.detach()).norm(dim=0).max()
+        return image.T if dropout or errors[1].abs().max() <= rounding else None
+
+
+def _has_bias(module: nn.Module) -> bool:
+    """Whether what `module` runs has a bias. Of PEFT's adapters only the active ones run."""
+    idle: set[nn.Module] = set()
+    layers: Iterable[Any] = module.modules()
+    for layer in layers:
+        if not hasattr(layer, "active_adapters"):
+            continue
+        active = () if layer.disable_adapters else layer.active_adapters
+        for by_adapter in (child for child in layer.children() if isinstance(child, nn.ModuleDict)):
+            idle |= {m for name, adapter in by_adapter.items() if name not in active for m in adapter.modules()}
+    return any(getattr(m, "bias", None) is not None for m in module.modules() if m not in idle)
 
 
 def _per_head(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,12 @@ class DeepseekRouter(nn.Module):
         # Tokens that each expert got in training since the last bias update. Not a buffer: DistributedDataParallel
         # would overwrite the counts of every process with those of the first.
         self.expert_load: torch.Tensor | None = None  # float32 [E]
+        self.counted_in_copies = False
+
+    def _replicate_for_data_parallel(self):
+        """`nn.DataParallel` runs copies, which are gone after the pass, and the loads that they counted with them."""
+        self.counted_in_copies |= self.training
+        return super()._replicate_for_data_parallel()
 
     def _apply(self, fn, recurse=True):
         """Lets the bias follow the model to another device, but not to another dtype."""
@@ -275,7 +281,8 @@ class DeepseekSeparateExperts(nn.ModuleList):
         counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
         token = order // top_k_index.shape[1]
         inputs = hidden_states[token].split(counts)  # E of [n, D]
-        outputs = [expert(rows) for expert, rows in zip(self, inputs, strict=True) if len(rows)]
+        # as rows of a batch: compressed-tensors takes one scale for all rows of a matrix, and one for each row of a batch
+        outputs = [expert(rows[None])[0] for expert, rows in zip(self, inputs, strict=True) if len(rows)]
         weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
         return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
 
@@ -302,6 +309,20 @@ class DeepseekMoE(nn.Module):
             gate = next(module for module in gate.modules() if hasattr(module, "count_load"))
         gate.count_load(load)
 
+    def _check_loaded(self, hidden_states: torch.Tensor):
+        """
+        Raises:
+            ValueError: the stacked experts have no numbers, since what loaded the model goes by the names in the files.
+        """
+        weight = self.experts._parameters.get("gate_up_proj")
+        if weight is None or not weight.is_meta or hidden_states.is_meta or hasattr(self.experts, "_hf_hook"):
+            return
+        raise ValueError(
+            "The routed experts have no weights: accelerate's `load_checkpoint_in_model` looks for one tensor an expert, as "
+            "the files have it, and in memory experts are stacked. Load by `from_pretrained(..., device_map=...)`, or make "
+            "the model from a config with `separate_experts=True`."
+        )
+
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -315,6 +336,7 @@ class DeepseekMoE(nn.Module):
             its tokens per expert (float32 [E]). They are returned, not kept, so that a layer under gradient
             checkpointing, which runs twice, is counted once.
         """
+        self._check_loaded(hidden_states)
         shape = hidden_states.shape
         tokens = hidden_states.reshape(-1, shape[-1])  # [N, D]
         logits, weights, indices = self.gate(tokens)
@@ -379,9 +401,18 @@ def update_router_bias(model: nn.Module, update_rate: float = 1e-3) -> dict[int,
     Returns:
         For each sparse layer its number of tokens per expert since the last call, float32 [E]. Routers without a
         bias are reported too, not changed. Empty if nothing was trained.
+
+    Raises:
+        ValueError: the model was trained by `nn.DataParallel` on several devices, which loses the loads.
     """
     # by its own attributes: wrappers (PEFT's `modules_to_save`) pass on those of the router inside
     routers: list[Any] = [module for module in model.modules() if "expert_load" in vars(module)]
+    if any(router.counted_in_copies for router in routers):
+        raise ValueError(
+            "the model was trained by nn.DataParallel, whose copies counted the tokens of the experts and are gone. Start a "
+            "process for each GPU (accelerate launch or torchrun, DistributedDataParallel), or show it one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
     distributed = dist.is_available() and dist.is_initialized()
     loads = {}
     for router in routers:

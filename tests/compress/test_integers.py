@@ -129,19 +129,11 @@ def round_inputs(module, inputs):
     return ((x / scale).round().clamp(-128, 127) * scale,)
 
 
-def cases():
-    """Of int8 compressed-tensors 0.19 takes one scale for all tokens of an expert where its input has two dimensions."""
-    faulty = pytest.mark.xfail(strict=True, raises=AssertionError, reason="activations of routed experts in int8")
-    for family in FAMILIES:
-        yield pytest.param(family, "int4", id=f"{family}-int4")
-        marks = [faulty] if "n_routed_experts" in tiny.FAMILIES[family] else []
-        yield pytest.param(family, "int8", id=f"{family}-int8", marks=marks)
-
-
 @needs_llm_compressor
 @pytest.mark.slow
 @pytest.mark.parametrize("method", integers.METHODS)
-@pytest.mark.parametrize(("family", "form"), cases())
+@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_reads_back_as_what_it_means(family, form, method, checkpoint, files, tmp_path):
     """Same logits and greedy tokens as plain weights that hold the files' meaning."""

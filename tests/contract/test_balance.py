@@ -109,6 +109,18 @@ def test_wrapped_models_are_updated():
     assert any((bias - before[i]).abs().max() > 0.005 for i, bias in biases(model).items())
 
 
+def test_loads_counted_in_copies_are_not_lost_without_a_word():
+    """nn.DataParallel copies each module for each pass; in evaluation nothing is counted, so nothing is lost."""
+    model = make_model("v3")
+    for gate in gates(model).values():
+        gate._replicate_for_data_parallel()
+    assert model.update_router_bias() == {}
+    for gate in gates(model.train()).values():
+        gate._replicate_for_data_parallel().count_load(torch.ones(8))
+    with pytest.raises(ValueError, match=r"trained by nn\.DataParallel.*CUDA_VISIBLE_DEVICES=0"):
+        model.update_router_bias()
+
+
 # Precision
 
 

@@ -106,6 +106,16 @@ def test_load_checkpoint_and_dispatch_leaves_no_stacked_experts_empty(family, tm
         accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"})
 
 
+@pytest.mark.parametrize("family", ["deepseek", "v3"])
+def test_load_checkpoint_in_model_leaves_no_stacked_experts_empty(family, tmp_path):
+    make_model(family).save_pretrained(tmp_path)
+    with accelerate.init_empty_weights():
+        model = DeepseekForCausalLM(make_config(family))
+    accelerate.load_checkpoint_in_model(model, tmp_path, device_map={"": "cpu"})
+    with pytest.raises(ValueError, match=r"experts have no weights: .*separate_experts=True"):
+        model(make_tokens(1, 5))
+
+
 @pytest.mark.compatibility("`generate`, offloaded")
 def test_generate_offloaded(family, tmp_path):
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}

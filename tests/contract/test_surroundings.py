@@ -272,9 +272,11 @@ ADAPTERS = {
     "loha": peft.LoHaConfig(target_modules=["kv_b_proj"], init_weights=False),
     "lokr": peft.LoKrConfig(target_modules=["kv_b_proj"], init_weights=False),
     "vera": peft.VeraConfig(target_modules=["kv_b_proj"], init_weights=False),
+    "beft": peft.BeftConfig(target_modules=["kv_b_proj"]),
+    "pvera": peft.PveraConfig(target_modules=["kv_b_proj"]),
     "whole": peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["kv_b_proj"]),
 }
-NO_MATRIX = ("lora_bias", "bias", "hook")
+NO_MATRIX = ("lora_bias", "beft", "bias", "hook")
 
 
 def adapted(family: str, adapter: str):
@@ -320,7 +322,7 @@ def test_any_adapter_on_kv_b_proj_is_right_with_a_cache(family, adapter):
         with model.disable_adapter():
             assert_close(model(tokens).logits, plain, "disabled")
             assert_cached_equals_uncached(model, tokens)
-        if adapter != "lora_bias":  # PEFT cannot merge it into a layer without a bias
+        if adapter not in NO_MATRIX:  # PEFT cannot merge it into a layer without a bias
             assert_cached_equals_uncached(model.merge_and_unload(), tokens)
 
 
@@ -357,7 +359,7 @@ def test_adapters_with_selected_tokens_are_right_or_refused(adapter, refused):
 
 
 @pytest.mark.parametrize("family", ["v2_lite", "v3"])
-@pytest.mark.parametrize("adapter", ["lora_bias", "bias"])
+@pytest.mark.parametrize("adapter", ["lora_bias", "beft", "bias"])
 def test_a_bias_on_kv_b_proj_is_right_with_a_cache_in_training(family, adapter):
     assert_cached_equals_uncached(adapted(family, adapter).train(), make_tokens(2, 30))
 
@@ -373,6 +375,54 @@ def test_a_bias_on_kv_b_proj_is_refused_with_selected_tokens_in_training(adapter
                 parameter *= scale
     with pytest.raises(ValueError, match="needs the matrix of `kv_b_proj`"):
         model(tokens, labels=tokens)
+
+
+@pytest.mark.parametrize("family", ["v2_lite", "v3", "v32"])
+def test_an_adapter_that_does_not_run_adds_no_bias(family):
+    """In training too, where a bias on kv_b_proj is refused with selected tokens though it is zero yet."""
+    tokens = make_tokens(2, 30)
+    plain, alone = (make_model(family).train() for _ in range(2))
+    alone = peft.get_peft_model(alone, ADAPTERS["lora"], adapter_name="a")
+    model = peft.get_peft_model(make_model(family), ADAPTERS["lora"], adapter_name="a").train()
+    model.load_state_dict(alone.state_dict())
+    model.add_adapter("b", ADAPTERS["lora_bias"])
+    expected = alone(input_ids=tokens, labels=tokens)
+
+    actual = model(input_ids=tokens, labels=tokens)
+    assert_close(actual.lm_loss, expected.lm_loss, "inactive")
+    actual.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if ".a." in name and "kv_b_proj" in name}
+    assert gradients
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    with model.disable_adapter():
+        assert_close(model(input_ids=tokens, labels=tokens).lm_loss, plain(tokens, labels=tokens).lm_loss, "disabled")
+    model.merge_adapter(["a"])
+    assert_close(model(input_ids=tokens, labels=tokens).lm_loss, expected.lm_loss, "merged")
+    model.unmerge_adapter()
+
+    if family == "v32":
+        for active in ("b", ["a", "b"]):
+            model.base_model.set_adapter(active)
+            with pytest.raises(ValueError, match="needs the matrix of `kv_b_proj`"):
+                model(input_ids=tokens, labels=tokens)
+        model.set_adapter("a")
+    model.delete_adapter("b")
+    assert_close(model(input_ids=tokens, labels=tokens).lm_loss, expected.lm_loss, "deleted")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [peft.LilyConfig(target_modules=["kv_b_proj"]), peft.PveraConfig(target_modules=["kv_b_proj"])],
+    ids=["chooses by all rows of a pass", "draws numbers"],
+)
+def test_an_adapter_that_is_no_matrix_in_training_is_refused_with_selected_tokens(config):
+    model, tokens = peft.get_peft_model(make_model("v32"), config).train(), make_tokens(2, 30)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    with pytest.raises(ValueError, match="needs the matrix of `kv_b_proj`"):
+        model(input_ids=tokens, labels=tokens)
 
 
 # Gradient accumulation
