@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-versions test-vllm test-kernels compatibility gpu lint format clean
+.PHONY: demo test test-slow test-versions test-vllm test-llm-compressor test-kernels compatibility gpu lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) demo.py
@@ -47,6 +47,15 @@ $(VENV)-vllm/installed: requirements-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# int8 and int4 by GPTQ and AWQ, in llm-compressor's own environment: its transformers is older than the pinned one.
+test-llm-compressor: $(VENV)-llm-compressor/installed
+	$(VENV)-llm-compressor/bin/python -m pytest -n 0 -m "slow or not slow" tests/compress/test_integers.py
+
+$(VENV)-llm-compressor/installed: requirements-llm-compressor.txt
+	$(PYTHON) -m venv $(VENV)-llm-compressor
+	$(VENV)-llm-compressor/bin/python -m pip install --quiet -r requirements-llm-compressor.txt pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 # GPU kernels without a GPU: in Triton's interpreter, then through its compiler. Triton is a download of 285 MB.
