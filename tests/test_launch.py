@@ -73,6 +73,7 @@ def test_one_process_on_several_gpus_is_refused(tmp_path, monkeypatch, capsys, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain.train", "finetune.sft"])
 def test_launched_without_accelerators(tmp_path, command):
     """The shipped FSDP2 configuration where there is nothing to shard over."""

@@ -67,7 +67,7 @@ def test_disk_offload(family, tmp_path):
 
 @pytest.mark.compatibility("accelerate's `load_checkpoint_in_model`")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("shard", ["5GB", pytest.param("20KB", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_load_checkpoint_in_model(family, shard, tmp_path):
     expected, tokens = make_model(family, seed=1), make_tokens(2, 24)
