@@ -366,7 +366,9 @@ class PretrainingData:
     def __init__(self, folder: Path, row_tokens: int, batch_rows: int, mix: dict[str, float] | None, seed: int = 0):
         index_path = folder / INDEX_NAME
         if not index_path.is_file():
-            raise FileNotFoundError(f"{index_path.absolute()} does not exist; write a dataset with `python -m pretrain.data`")
+            raise FileNotFoundError(
+                f"{index_path.absolute()} does not exist; write a dataset with `python -m pretrain.data`"
+            )
         self.index = json.loads(index_path.read_text(encoding="utf-8"))
         self.folder, self.seed = folder, seed
         languages = self.index["languages"]
