@@ -188,9 +188,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_arguments(argv)
-    # Between two parallel regions OpenMP's threads turn for some milliseconds. While another program wants a core too,
-    # each region then waits for a thread that is not running, and an answer takes twenty times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sockets = listen(args.host, args.port)
     except OSError as error:

@@ -3,7 +3,8 @@
     python -m benchmarks.idle_threads
 
 Processes that differ in `OMP_WAIT_POLICY` decode greedily with the checkpoint of this folder, a short text at a time, in
-random order. Tells tokens a second, processor time a token and the load average. Writes runs/benchmarks/idle_threads.json.
+random order, alone on the machine and beside busy processes. Tells tokens a second and processor time a token. Writes
+runs/benchmarks/idle_threads.json.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from benchmarks.places import ROOT
 from common.command import run_command
 from common.machine import describe_machine
 
+BUSY = "import torch; torch.set_num_threads(1)\nwhile True: torch.randn(500, 500) @ torch.randn(500, 500)"
 WAYS = {
     "turning (libgomp's default)": {},
     "sleeping (OMP_WAIT_POLICY=PASSIVE)": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -52,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12, help="turns of each (default 12)")
     parser.add_argument("--tokens", type=int, default=20, help="of each turn (default 20)")
+    parser.add_argument("--beside", type=int, default=4, help="busy processes, the second time (default 4)")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -62,17 +65,29 @@ def main() -> None:
     workers = {way: subprocess.Popen(command, env=inherited | more, **pipes) for way, more in WAYS.items()}
     for worker in workers.values():
         worker.stdout.readline()
-    runs: dict[str, list] = {way: [] for way in WAYS}
-    loads = []
-    for _ in range(args.repeats):
-        for way in random.sample(list(WAYS), len(WAYS)):
-            workers[way].stdin.write(f"{args.tokens}\n")
+    results: dict = {"machine": describe_machine() | {"cores": os.cpu_count()}}
+    for busy in (0, args.beside):
+        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
+        try:
+            results[f"beside {busy} busy processes"] = measure(workers, args.repeats, args.tokens)
+        finally:
+            for other in others:
+                other.kill()
+    for worker in workers.values():
+        worker.stdin.close()
+    write_results("idle_threads", results)
+
+
+def measure(workers: dict[str, subprocess.Popen], repeats: int, tokens: int) -> dict:
+    """Tokens a second and processor time of each worker, which take turns in random order."""
+    runs: dict[str, list] = {way: [] for way in workers}
+    for _ in range(repeats):
+        for way in random.sample(list(workers), len(workers)):
+            workers[way].stdin.write(f"{tokens}\n")
             workers[way].stdin.flush()
             runs[way].append([float(number) for number in workers[way].stdout.readline().split()])
-        loads.append(os.getloadavg()[0])
-    results = {"machine": describe_machine() | {"cores": os.cpu_count()}, "load_average": statistics.median(loads)}
+    results = {"load_average": round(os.getloadavg()[0], 1)}
     for way, pairs in runs.items():
-        workers[way].stdin.close()
         speeds, costs = zip(*pairs, strict=True)
         results[way] = {
             "median_tokens_a_second": round(statistics.median(speeds), 1),
@@ -80,7 +95,7 @@ def main() -> None:
             "median_processor_ms_a_token": round(statistics.median(costs), 1),
         }
         print(f"{way:36} {results[way]}")
-    write_results("idle_threads", results)
+    return results
 
 
 if __name__ == "__main__":

@@ -2088,21 +2088,6 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys, monkeypa
     assert f"port {port}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_idle_threads_sleep_unless_the_user_says_otherwise(given, used):
-    """OpenMP reads the variable when torch is imported, so it has to be there before."""
-    code = (
-        "import os, sys, serve\n"
-        "def listen(*_): print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY']); raise OSError\n"
-        "serve.listen = listen\n"
-        "serve.main([])"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["False", used], done.stderr
-
-
 def test_a_model_that_is_not_there_ends_the_server(capsys, tmp_path):
     assert serve.main(["--model", str(tmp_path), "--port", str(free_port())]) == 1
     error = capsys.readouterr().err
