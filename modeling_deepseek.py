@@ -358,7 +358,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if past_key_values is not None:
             use_growing_layers(past_key_values, self.make_cache_layer, self.config.num_hidden_layers)
 
-        arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, past_key_values)
+        visible = self.create_causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        arguments = self.layer_arguments(inputs_embeds, visible)
         hidden_states, notes = inputs_embeds, LayerNotes(self.training)
         for layer, kind in zip(self.layers[: self.config.num_hidden_layers], self.layer_kinds, strict=False):
             output = layer(hidden_states, past_key_values=past_key_values, **arguments[kind], **kwargs)
@@ -392,7 +393,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
             losses and of their indexers' losses.
         """
         inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, past_key_values=None)
+        visible = self.create_causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values=None)
+        arguments = self.layer_arguments(inputs_embeds, visible)
         states, notes, first = [], LayerNotes(self.training), self.config.num_hidden_layers
         for k, (layer, kind) in enumerate(zip(self.layers[first:], self.layer_kinds[first:], strict=True), start=1):
             # positional, since reentrant gradient checkpointing tracks only such arguments
@@ -422,35 +424,31 @@ class DeepseekModel(DeepseekPreTrainedModel):
             [B, S, hidden_size], before the module's output norm.
         """
         index += self.config.num_hidden_layers
-        arguments = self.layer_arguments(next_embeds, attention_mask, position_ids, past_key_values)
+        visible = self.create_causal_mask(next_embeds, attention_mask, position_ids, past_key_values)
+        arguments = self.layer_arguments(next_embeds, visible)
         output = self.layers[index](
             hidden_states, next_embeds, past_key_values=past_key_values, **arguments[self.layer_kinds[index]]
         )
         return output[0]
 
-    def layer_arguments(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> dict[str, dict]:
+    def layer_arguments(self, inputs_embeds: torch.Tensor, visible: tuple) -> dict[str, dict]:
         """What a layer is given besides its input and the cache, for each kind of attention in `layer_kinds`.
 
-        Args: as in `forward`; of embeddings only shape, dtype and device matter.
+        Args:
+            inputs_embeds: only dtype and device matter.
+            visible: what `create_causal_mask` returned.
         """
-        views, position_ids, token_mask = self.create_causal_mask(
-            inputs_embeds, attention_mask, position_ids, past_key_values
-        )
+        views, position_ids, token_mask = visible
         shared = {
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "token_mask": token_mask,
         }
-        return {
-            kind: {"attention_mask": views[kind].mask, "has_past": views[kind].has_past, **shared}
-            for kind in self.attention_kinds
-        }
+        arguments = {}
+        for kind in self.attention_kinds:
+            mask, has_past = views[kind]  # by unpacking: to tracers it is a plain tuple
+            arguments[kind] = {"attention_mask": mask, "has_past": has_past, **shared}
+        return arguments
 
     def create_causal_mask(
         self,

@@ -128,7 +128,8 @@ class LayerByLayer:
                 next_embeds = embeds[None, row].roll(-ahead, dims=1)
                 inputs = layer.eh_proj(torch.cat((layer.enorm(next_embeds), layer.hnorm(inputs)), dim=-1))
             model = self._skeleton.model
-            arguments = model.layer_arguments(inputs, None, None, None)[model.layer_kinds[index]]
+            visible = model.create_causal_mask(inputs, None, None, None)
+            arguments = model.layer_arguments(inputs, visible)[model.layer_kinds[index]]
             arguments.pop("token_mask")
             states[row] = (inputs + layer.self_attn(layer.input_layernorm(inputs), **arguments)[0])[0]
         if layer.is_sparse:

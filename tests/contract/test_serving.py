@@ -200,3 +200,15 @@ def test_layers_that_must_not_be_split(head):
     assert set(model._no_split_modules) <= present
     layers = {name for name in present if name.endswith(("DecoderLayer", "MTPLayer"))}
     assert layers | {"DeepseekSharedHead"} == set(model._no_split_modules)
+
+
+def test_masks_are_one_step_for_tracers():
+    """llm-compressor's tracer leaves calls of `create_causal_mask` alone, if they stand in the source of `forward` itself."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(DeepseekModel.forward))))
+    called = {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert "create_causal_mask" in called
+    assert "get_seq_length" not in called
