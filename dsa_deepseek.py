@@ -50,12 +50,11 @@ class DeepseekDSA(DeepseekMLA):
     @classmethod
     def view(cls, config, tokens: AttentionInput) -> View:
         """What is visible, where there is more than the indexer selects or it learns; else as in MLA."""
-        if int(tokens.past_length) + tokens.length <= config.index_topk and not tokens.learns:
+        past, has_cache = int(tokens.past_length), tokens.past_key_values is not None
+        if past + tokens.length <= config.index_topk and not tokens.learns:
             return super().view(config, tokens)
-        visible = find_visible_tokens(
-            tokens.attention_mask, tokens.position_ids, int(tokens.past_length), tokens.past_key_values is not None
-        )
-        return View(visible, has_past=int(tokens.past_length) > 0)
+        visible = find_visible_tokens(tokens.attention_mask, tokens.position_ids, past, has_cache)
+        return View(visible, has_past=past > 0)
 
     @classmethod
     def mask_for_generation(cls, config, attention_mask, past_key_values, **kwargs):

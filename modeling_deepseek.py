@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_deepseek import AttentionInput, View
+from .attention_deepseek import AttentionInput, DeepseekAttention, View
 from .cache_deepseek import GrowingLayer, use_growing_layers
 from .compat_deepseek import cache_field, model_output, takes_cache_by_either_name
 from .configuration_deepseek import DeepseekConfig
@@ -128,6 +128,11 @@ class DeepseekCausalLMOutput(ModelOutput):
 ATTENTION_KINDS = {"gqa": DeepseekGQA, "mla": DeepseekMLA, "dsa": DeepseekDSA, "nsa": DeepseekNSA}
 
 
+def kinds_of(config) -> dict[str, type[DeepseekAttention]]:
+    """The kinds of attention among the layers that a config describes, each once, by their names."""
+    return {name: ATTENTION_KINDS[name] for name in dict.fromkeys(config.attention_kinds)}
+
+
 class DeepseekDecoderLayer(GradientCheckpointingLayer):
     """h + attention(norm(h)), then h + mlp(norm(h)); the MLP is dense or a mixture of experts."""
 
@@ -216,7 +221,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         config.validate()  # it may have been edited since it was made
         super().__init__(config, *args, **kwargs)
-        kinds = [ATTENTION_KINDS[name] for name in dict.fromkeys(config.attention_kinds)]
+        kinds = kinds_of(config).values()
         in_float32 = [name for kind in kinds for name in kind.float32]
         if getattr(config, "topk_method", None) == "noaux_tc":
             in_float32.append("e_score_correction_bias")
@@ -309,7 +314,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.layers = nn.ModuleList([DeepseekDecoderLayer(config, i) for i in range(num_layers)])
         self.layers.extend([DeepseekMTPLayer(config, num_layers + k) for k in range(config.num_nextn_predict_layers)])
         self.layer_kinds = config.attention_kinds  # the names, as the layers were built
-        self.attention_kinds = {name: ATTENTION_KINDS[name] for name in dict.fromkeys(self.layer_kinds)}
+        self.attention_kinds = kinds_of(config)
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -608,10 +613,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **kwargs):
         """The mask that `generate` makes outside a compiled step, in the form that `forward` takes."""
         past_key_values = cache if past_key_values is None else past_key_values
-        kinds = {ATTENTION_KINDS[name] for name in config.attention_kinds}
-        if len(kinds) > 1:
+        kind, *others = kinds_of(config).values()
+        if others:
             return attention_mask  # each makes its own
-        return kinds.pop().mask_for_generation(
+        return kind.mask_for_generation(
             config, attention_mask, inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs
         )
 
