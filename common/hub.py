@@ -1,14 +1,11 @@
 """Asks the Hub once before anything is downloaded, so that a machine without a network hears of it at once."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
-from common.names import check_model_name
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from common.names import HUB_NAME, check_model_name
 
 
 def check_hub(name: str | Path, file: str = "config.json") -> None:

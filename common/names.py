@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_model_name(name: str | Path, option: str = "--model") -> None:
@@ -18,7 +18,7 @@ def check_model_name(name: str | Path, option: str = "--model") -> None:
         return
     if path.exists():
         raise NotADirectoryError(f"{option} {name} is a file; name the folder that it lies in")
-    if not _HUB_NAME.fullmatch(str(name)) or path.parent.is_dir():
+    if not HUB_NAME.fullmatch(str(name)) or path.parent.is_dir():
         raise FileNotFoundError(
             f"{option} {name}: there is no such folder; name a folder, or a model on the Hub as OWNER/NAME"
         )

@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common.command import run_command
 from common.extras import extra
 
 with extra("train"):
@@ -28,12 +29,13 @@ with extra("train"):
 
     from common.costs import Part
     from common.economics import model_parts
+    from common.hub import local_folder
     from common.loading import load_model, load_tokenizer
     from common.remote_code import read_config, write_json
     from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.report import image, png, table
-    from compress.rewrite import Source, local_folder
+    from compress.rewrite import Source
     from pretrain.evaluate import bits_per_byte
 
 _DECODED, _CONTEXT = 16, 64  # tokens that are timed, after so many
@@ -272,4 +274,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

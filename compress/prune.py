@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command import run_command
 from common.extras import extra
 
 with extra("train"):
@@ -30,6 +31,7 @@ with extra("train"):
 
     from common.costs import Part
     from common.economics import model_parts, mtp_part
+    from common.hub import local_folder
     from common.loading import load_tokenizer
     from common.remote_code import read_config, write_json
     from common.rewrite import refuse_existing, resolve_config
@@ -44,7 +46,6 @@ with extra("train"):
         digest,
         error_number,
         explain_interruption,
-        local_folder,
     )
     from compress.scores import FIELDS, SCORES, choose, score, sum_visits
     from configuration_deepseek import DeepseekConfig
@@ -440,4 +441,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.command import run_command
 from common.extras import extra
 
 with extra("train"):
@@ -25,12 +26,13 @@ with extra("train"):
     import torch.nn.functional as F
     from safetensors import safe_open
 
+    from common.hub import local_folder
     from common.loading import load_tokenizer
     from common.remote_code import read_config
     from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.integers import METHODS, write_integers
-    from compress.rewrite import Job, Source, Tensor, check_space, digest, explain_interruption, local_folder
+    from compress.rewrite import Job, Source, Tensor, check_space, digest, explain_interruption
 
 BLOCK = 128
 LARGEST = 448.0  # of E4M3
@@ -217,4 +219,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

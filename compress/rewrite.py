@@ -170,22 +170,6 @@ class Job:
         shutil.rmtree(self.scratch)
 
 
-def local_folder(name: str) -> Path:
-    """The folder of a checkpoint; one that is named as on the Hub is fetched.
-
-    Raises:
-        OSError: there is none.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the library's are of many types
-        raise OSError(f"{name!r} is no folder, and cannot be fetched from the Hub: {error}") from error
-
-
 def digest(*parts) -> str:
     """A short hash of what JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
