@@ -42,4 +42,9 @@ def local_folder(name: str) -> Path:
     """
     check_model_name(name)
     check_hub(name)
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the library's are of many types, and not all name the model
+        raise OSError(f"{name} cannot be fetched from the Hub: {error}") from error

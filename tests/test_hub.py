@@ -52,3 +52,10 @@ def test_an_answer_of_the_hub_is_left_to_the_download(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.check_hub("owner/name")
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_model_that_cannot_be_fetched_is_named(monkeypatch):
+    """Also where a mode without a network was chosen, in which the library's own words name no model."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="nobody/nothing cannot be fetched from the Hub"):
+        hub.local_folder("nobody/nothing")
