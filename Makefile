@@ -69,7 +69,8 @@ test-kernels: $(VENV)/installed
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-lint: $(VENV)/installed
+# The type checker reads the optional libraries, too.
+lint: $(VENV)/installed-test
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m pyrefly check --python-interpreter-path $(RUN) --output-format min-text
