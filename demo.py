@@ -6,13 +6,12 @@ The model is loaded as by every command here; the training is `finetune.sft`'s.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
@@ -272,6 +271,7 @@ def learn(
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -282,13 +282,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to each other
 
     console.rule("The model")
-    try:
-        check_model_name(args.model)
-        # float32: on CPUs faster than bfloat16 for matrices as small as these.
-        model, tokenizer = load_model(args.model, dtype="float32")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_model_name(args.model)
+    # float32: on CPUs faster than bfloat16 for matrices as small as these.
+    model, tokenizer = load_model(args.model, dtype="float32")
     describe(console, model)
     set_seed(args.seed)
     for language, prompt in PROMPTS.items():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 
@@ -66,18 +67,31 @@ class DeepseekRotaryEmbedding(nn.Module):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, config):
+    def __init__(self, parameters: dict, width: int, max_positions: int):
+        """
+        Args:
+            parameters: `rope_type`, `rope_theta` and what the type needs, as in transformers' `rope_parameters`.
+            width: D, the numbers of a head that are rotated.
+            max_positions: longest context; types of a growing base start to change beyond it.
+        """
         super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
+        # What transformers' RoPE functions read: here, and again when it fills the frequencies after loading.
+        self.config = PreTrainedConfig(
+            rope_parameters=dict(parameters),
+            head_dim=width,
+            hidden_size=width,
+            num_attention_heads=1,
+            max_position_embeddings=max_positions,
+        )
+        self.max_seq_len_cached = max_positions
+        self.original_max_seq_len = max_positions
+        self.rope_type = parameters["rope_type"]
         init = (
             self.compute_default_rope_parameters
             if self.rope_type == "default"
             else ROPE_INIT_FUNCTIONS[self.rope_type]
         )
-        inv_freq, self.attention_scaling = init(config)
+        inv_freq, self.attention_scaling = init(self.config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         # transformers fills both again after loading on the meta device
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)

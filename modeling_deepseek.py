@@ -146,15 +146,22 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs) -> LayerOutput:
-        """hidden_states [B, S, hidden_size]; token_mask bool [B, S], which tokens are real; the rest goes to the attention"""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> LayerOutput:
+        """hidden_states [B, S, hidden_size]; token_mask bool [B, S], which tokens are real; token_ids int64 [B, S], where the
+        model was given ids; the rest goes to the attention"""
         stream = hidden_states
         attended, _, index_loss = self.self_attn(self.input_layernorm(self.residual.read(stream)), **kwargs)
         stream = self.residual.write(stream, attended)
         normed = self.post_attention_layernorm(self.residual.read(stream))
         if not self.is_sparse:
             return LayerOutput(self.residual.write(stream, self.mlp(normed)), index_loss=index_loss)
-        output, balance_loss, load = self.mlp(normed, token_mask)
+        output, balance_loss, load = self.mlp(normed, token_mask, token_ids)
         return LayerOutput(self.residual.write(stream, output), balance_loss, load, index_loss)
 
 
@@ -316,7 +323,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.layer_kinds = config.attention_kinds  # the names, as the layers were built
         self.attention_kinds = kinds_of(config)
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = DeepseekRotaryEmbedding(config)
+        self.rotary_emb = DeepseekRotaryEmbedding(
+            config.rope_parameters, config.head_dim, config.max_position_embeddings
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -364,7 +373,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             use_growing_layers(past_key_values, self.make_cache_layer, self.config.num_hidden_layers)
 
         visible = self.create_causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
-        arguments = self.layer_arguments(inputs_embeds, visible)
+        arguments = self.layer_arguments(inputs_embeds, visible, input_ids)
         hidden_states, notes = inputs_embeds, LayerNotes(self.training)
         for layer, kind in zip(self.layers[: self.config.num_hidden_layers], self.layer_kinds, strict=False):
             output = layer(hidden_states, past_key_values=past_key_values, **arguments[kind], **kwargs)
@@ -436,18 +445,22 @@ class DeepseekModel(DeepseekPreTrainedModel):
         )
         return output[0]
 
-    def layer_arguments(self, inputs_embeds: torch.Tensor, visible: tuple) -> dict[str, dict]:
+    def layer_arguments(
+        self, inputs_embeds: torch.Tensor, visible: tuple, token_ids: torch.Tensor | None = None
+    ) -> dict[str, dict]:
         """What a layer is given besides its input and the cache, for each kind of attention in `layer_kinds`.
 
         Args:
             inputs_embeds: only dtype and device matter.
             visible: what `create_causal_mask` returned.
+            token_ids: int64 [B, S], for routers that go by them.
         """
         views, position_ids, token_mask = visible
         shared = {
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "token_mask": token_mask,
+            "token_ids": token_ids,
         }
         arguments = {}
         for kind in self.attention_kinds:

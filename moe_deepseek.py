@@ -25,20 +25,27 @@ _FEW_TOKENS = 32  # up to this many tokens, experts run with the fewest operatio
 
 # ---------------------------------------------------------------------------------------------------------------
 # Routing: scores -> selection -> weights
+#
+# A selection gets scores [N, E], the router, and the tokens' ids int64 [N], for choices that go by the token itself; the
+# ids are None where a model is given embeddings, and in prediction modules. It returns indices int64 [N, P].
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _select_greedy(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
+def _select_greedy(scores: torch.Tensor, router: "DeepseekRouter", token_ids: torch.Tensor | None) -> torch.Tensor:
     """The P best experts: DeepSeekMoE, V2-Lite. [N, E] -> [N, P]"""
     return scores.topk(router.top_k, dim=-1, sorted=False).indices
 
 
-def _select_group_limited(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
+def _select_group_limited(
+    scores: torch.Tensor, router: "DeepseekRouter", token_ids: torch.Tensor | None
+) -> torch.Tensor:
     """The P best experts of the best groups, a group being as good as its best expert: V2. [N, E] -> [N, P]"""
     return _select_in_best_groups(scores, lambda grouped: grouped.amax(dim=-1), router)
 
 
-def _select_bias_corrected(scores: torch.Tensor, router: "DeepseekRouter") -> torch.Tensor:
+def _select_bias_corrected(
+    scores: torch.Tensor, router: "DeepseekRouter", token_ids: torch.Tensor | None
+) -> torch.Tensor:
     """As V2's, but on scores plus the correction bias, a group being as good as its two best: V3. [N, E] -> [N, P]"""
     biased = scores + router.e_score_correction_bias  # [N, E]
     return _select_in_best_groups(biased, lambda grouped: grouped.topk(2, dim=-1).values.sum(dim=-1), router)
@@ -118,12 +125,14 @@ class DeepseekRouter(nn.Module):
             self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, D] -> logits float32 [N, E], weights float32 [N, P], indices int64 [N, P]"""
+    def forward(
+        self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[N, D], ids int64 [N] -> logits float32 [N, E], weights float32 [N, P], indices int64 [N, P]"""
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())  # [N, E]
         scores = self.score(logits)
-        indices = self.select(scores.detach(), self)  # [N, P]
+        indices = self.select(scores.detach(), self, token_ids)  # [N, P]
         weights = scores.gather(-1, indices)  # [N, P]
         if self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -324,12 +333,16 @@ class DeepseekMoE(nn.Module):
         )
 
     def forward(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: [B, S, D].
             token_mask: bool [B, S], true for real tokens; None where all are. Only balancing looks at it.
+            token_ids: int64 [B, S], for selections that go by them; None where there are none.
 
         Returns:
             [B, S, D]; in training also the layer's balance loss (float32 scalar, None if `aux_loss_alpha` is 0) and
@@ -339,7 +352,7 @@ class DeepseekMoE(nn.Module):
         self._check_loaded(hidden_states)
         shape = hidden_states.shape
         tokens = hidden_states.reshape(-1, shape[-1])  # [N, D]
-        logits, weights, indices = self.gate(tokens)
+        logits, weights, indices = self.gate(tokens, None if token_ids is None else token_ids.reshape(-1))  # ids [N]
         output = self.experts(tokens, indices, weights.to(tokens.dtype)).view(shape)  # [B, S, D]
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)

@@ -26,6 +26,7 @@ import threading
 import time
 from contextlib import suppress
 
+from common.command import one_line_errors, run_command
 from common.extras import extra
 
 API_KEY_VARIABLE = "SERVE_API_KEY"
@@ -185,14 +186,11 @@ def listen(host: str, port: int) -> list[socket.socket]:
 # ---------------------------------------------------------------- the server
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_arguments(argv)
-    try:
-        sockets = listen(args.host, args.port)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    sockets = listen(args.host, args.port)
     # Only now, since they take seconds: wrong arguments and a port that is taken are said at once.
     with extra("serve"):
         import uvicorn
@@ -315,4 +313,4 @@ def paging(model, args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

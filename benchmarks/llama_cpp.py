@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from benchmarks.common import ROOT, interleave, save_checkpoint, write_results
 from benchmarks.decode import CONFIG as DECODE_CONFIG
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.machine import describe_machine
 from tokenization.documents import check_fraction, check_paths, is_held_out, read_documents
 
@@ -444,6 +444,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
@@ -451,16 +452,12 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError:
         print("error: llama-cpp-python is not installed; pip install llama-cpp-python", file=sys.stderr)
         return 1
-    try:
-        check_fraction(arguments.held_out_fraction)
-        files = {group[0]: [Path(name) for name in group[1:]] for group in arguments.files}
-        check_paths([path for paths in files.values() for path in paths])
-        if not (arguments.llama_cpp / "convert_hf_to_gguf.py").is_file():
-            raise ValueError(f"--llama-cpp is {arguments.llama_cpp}, which has no convert_hf_to_gguf.py")
-        texts = corpus(files, arguments.held_out_fraction)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_fraction(arguments.held_out_fraction)
+    files = {group[0]: [Path(name) for name in group[1:]] for group in arguments.files}
+    check_paths([path for paths in files.values() for path in paths])
+    if not (arguments.llama_cpp / "convert_hf_to_gguf.py").is_file():
+        raise ValueError(f"--llama-cpp is {arguments.llama_cpp}, which has no convert_hf_to_gguf.py")
+    texts = corpus(files, arguments.held_out_fraction)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)

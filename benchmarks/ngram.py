@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.common import write_results
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.machine import describe_machine
 from pretrain.data import INDEX_NAME, TOKEN_DTYPE
 from pretrain.evaluate import bits_per_byte, check_same_tokenizer
@@ -312,29 +311,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     tokenizer = None
-    try:
-        if not (args.data / INDEX_NAME).is_file():
-            raise ValueError(
-                f"{args.data / INDEX_NAME} does not exist; write a dataset with `python -m pretrain.data`"
-            )
-        if min(args.order) < 1:
-            raise ValueError(f"--order is {min(args.order)}; it must be at least 1")
-        if set(args.units) != {"token"}:
-            if args.tokenizer is None:
-                raise ValueError("--units other than token need --tokenizer, to turn tokens back into text")
-            check_same_tokenizer(args.tokenizer, args.data)
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-        results = []
-        for unit, order in itertools.product(args.units, args.order):
-            results.append(measure(args.data, unit, order, tokenizer))
-            write_results(args.name, {"machine": describe_machine(), "runs": results})
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not (args.data / INDEX_NAME).is_file():
+        raise ValueError(f"{args.data / INDEX_NAME} does not exist; write a dataset with `python -m pretrain.data`")
+    if min(args.order) < 1:
+        raise ValueError(f"--order is {min(args.order)}; it must be at least 1")
+    if set(args.units) != {"token"}:
+        if args.tokenizer is None:
+            raise ValueError("--units other than token need --tokenizer, to turn tokens back into text")
+        check_same_tokenizer(args.tokenizer, args.data)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    results = []
+    for unit, order in itertools.product(args.units, args.order):
+        results.append(measure(args.data, unit, order, tokenizer))
+        write_results(args.name, {"machine": describe_machine(), "runs": results})
     languages = list(results[0]["held_out"])
     table = Table("unit", "order", *(f"{name}, bits per byte" for name in languages), "seconds", "peak GiB")
     for run in results:

@@ -1,16 +1,37 @@
 """What all command lines have in common: how they end.
 
+@one_line_errors
+def main(argv=None) -> int: ...
+
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+WRONG_USE = 2
 INTERRUPTED = 130  # exit codes as shells give them: 128 + the signal's number
 READER_GONE = 141
+
+
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorator of `main`: what its user can mend (ValueError, OSError) becomes one line on standard error and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except BrokenPipeError:  # an OSError, which `run_command` ends without a word
+            raise
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return WRONG_USE
+
+    return run
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
@@ -41,10 +62,10 @@ def check_early(name: str, check: Callable[[], object]) -> None:
         check()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(WRONG_USE)
 
 
 def no_command(instead: str) -> NoReturn:
     """For `python -m` of a module that is no command: name the command that is meant, instead of doing nothing."""
     print(f"error: this module is no command; {instead}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(WRONG_USE)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from common.command import no_command
 from common.extras import extra
 
 with extra("train"):
@@ -152,3 +153,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         names = [name.removesuffix(suffix) for name in names]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+if __name__ == "__main__":
+    no_command("read calibration text by python -m compress.prune or compress.quantise")

@@ -19,8 +19,28 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.command import run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m compress.compare", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "models", nargs="+", help="checkpoints, folders or names on the Hub; the first is the reference"
+    )
+    parser.add_argument("--texts", nargs="+", type=Path, required=True, help="held-out text, a file a language")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of all texts (%(default)s)")
+    parser.add_argument("--context-tokens", type=int, default=512, help="longest row, in tokens (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--tasks", nargs="+", type=Path, default=[], help="results of tools.evaluate, one a checkpoint"
+    )
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -215,23 +235,6 @@ def best_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.compare", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "models", nargs="+", help="checkpoints, folders or names on the Hub; the first is the reference"
-    )
-    parser.add_argument("--texts", nargs="+", type=Path, required=True, help="held-out text, a file a language")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of all texts (%(default)s)")
-    parser.add_argument("--context-tokens", type=int, default=512, help="longest row, in tokens (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)")
-    parser.add_argument("--device", default="cpu", help="(%(default)s)")
-    parser.add_argument(
-        "--tasks", nargs="+", type=Path, default=[], help="results of tools.evaluate, one a checkpoint"
-    )
-    return parser
-
-
 def run(arguments: argparse.Namespace):
     """
     Raises:
@@ -261,15 +264,15 @@ def run(arguments: argparse.Namespace):
         bits = ", ".join(f"{file} {value:.4f}" for file, value in x.bits.items())
         print(f"{x.name}: {x.disk_bytes / 1e9:.4g} GB, {x.ms_a_token:.2f} ms a token, bits per byte {bits}")
     print(f"wrote {arguments.output / 'compare.html'}")
+    print(
+        f"next: python chat.py --model {arguments.models[-1]}, or python -m tools.publish {arguments.models[-1]} --dry-run"
+    )
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    run(arguments)
     return 0
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.command import no_command
 from common.loading import foreign_code, load_model, load_tokenizer
 from compress.calibration import Calibration
 
-METHODS = ("gptq", "awq")
 GROUP_SIZES = (128, 64, 32)  # that engines have kernels for
 _QUANTISED = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?:q|k|v|o|q_b)_proj|mlp\.(?:(?:experts\.\d+|shared_experts)\.)?(?:gate|up|down)_proj)"
@@ -38,7 +38,7 @@ def write_integers(folder: Path, output: Path, form: str, method: str, calibrati
     Args:
         output: where llm-compressor writes weights, config.json and recipe.yaml.
         form: "int8" or "int4".
-        method: of `METHODS`.
+        method: "gptq" or "awq".
 
     Raises:
         ValueError: llm-compressor is not installed or cannot run the model, or a width is no multiple of 32.
@@ -170,3 +170,7 @@ def awq_mappings(model: nn.Module) -> list:
         found.append(AWQMapping(f"{prefix}post_attention_layernorm$", readers))
         found.append(AWQMapping(rf"{prefix}mlp\.(.*\.)?up_proj$", [rf"{prefix}mlp\.(.*\.)?down_proj$"]))
     return found
+
+
+if __name__ == "__main__":
+    no_command("write int8 and int4 by python -m compress.quantise")

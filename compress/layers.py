@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.command import no_command
 from common.loading import load_config, new_model
 from compress.scores import Visits
 from loading_deepseek import CheckpointFiles, default_dtype, dequantised_state_dict, pop_block_fp8
@@ -59,7 +60,10 @@ class LayerByLayer:
         with torch.device("meta"):
             self._skeleton = new_model(self.config)
         self.files.check(self._skeleton, shapes=True, whole=True)
-        self._skeleton.model.rotary_emb = type(self._skeleton.model.rotary_emb)(self.config).to(self.device)
+        rotary = type(self._skeleton.model.rotary_emb)
+        self._skeleton.model.rotary_emb = rotary(
+            self.config.rope_parameters, self.config.head_dim, self.config.max_position_embeddings
+        ).to(self.device)
         self._skeleton.eval()
         self._exact = self._skeleton._keep_in_fp32_modules_strict  # parts of names
         chosen = default_dtype(self.config, device) if dtype is None else dtype
@@ -199,3 +203,7 @@ class LayerByLayer:
 
     def _own_name(self, name: str) -> str:
         return self.files._own_name(name)
+
+
+if __name__ == "__main__":
+    no_command("prune a checkpoint by python -m compress.prune")

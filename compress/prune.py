@@ -20,8 +20,41 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
+
+SCORES = ("reap", "man", "msan", "easy-ep", "frequency")  # as compress.scores has them
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m compress.prune", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
+    parser.add_argument("--output", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--keep", required=True, help="experts that stay: a number, or a fraction of all such as 0.75")
+    parser.add_argument(
+        "--calibration", nargs="+", type=Path, metavar="FILE", help="texts or conversations: .txt, .jsonl, .parquet"
+    )
+    parser.add_argument("--score", choices=SCORES, default="reap", help="what makes an expert matter (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens of all files (%(default)s)")
+    parser.add_argument("--context-tokens", type=int, default=512, help="longest row, in tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample of the files (%(default)s)")
+    parser.add_argument("--tokenizer", help="folder or name of the tokenizer (default: the model's)")
+    parser.add_argument(
+        "--unseen",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="experts that no calibration token chose: an error, or the first to go (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the arithmetic (default: the checkpoint's)"
+    )
+    parser.add_argument("--device", help="where to calculate (default: an accelerator if there is one)")
+    parser.add_argument("--dry-run", action="store_true", help="only say the sizes before and after; reads no weights")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -47,10 +80,9 @@ with extra("train"):
         error_number,
         explain_interruption,
     )
-    from compress.scores import FIELDS, SCORES, choose, score, sum_visits
+    from compress.scores import FIELDS, choose, score, sum_visits
     from configuration_deepseek import DeepseekConfig
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _OF_EXPERTS = re.compile(
     r"(?P<prefix>(?:model\.)?layers\.(?P<layer>\d+)\.mlp\.)"
@@ -293,33 +325,6 @@ def _parts(config: dict) -> Part:
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.prune", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
-    parser.add_argument("--output", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--keep", required=True, help="experts that stay: a number, or a fraction of all such as 0.75")
-    parser.add_argument(
-        "--calibration", nargs="+", type=Path, metavar="FILE", help="texts or conversations: .txt, .jsonl, .parquet"
-    )
-    parser.add_argument("--score", choices=SCORES, default="reap", help="what makes an expert matter (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens of all files (%(default)s)")
-    parser.add_argument("--context-tokens", type=int, default=512, help="longest row, in tokens (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample of the files (%(default)s)")
-    parser.add_argument("--tokenizer", help="folder or name of the tokenizer (default: the model's)")
-    parser.add_argument(
-        "--unseen",
-        choices=("refuse", "drop"),
-        default="refuse",
-        help="experts that no calibration token chose: an error, or the first to go (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the arithmetic (default: the checkpoint's)"
-    )
-    parser.add_argument("--device", help="where to calculate (default: an accelerator if there is one)")
-    parser.add_argument("--dry-run", action="store_true", help="only say the sizes before and after; reads no weights")
-    return parser
-
-
 def run(arguments: argparse.Namespace):
     """
     Raises:
@@ -351,7 +356,7 @@ def run(arguments: argparse.Namespace):
         arguments.calibration, tokenizer, arguments.tokens, arguments.context_tokens, arguments.seed
     )
     device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
-    model = LayerByLayer(folder, DTYPES[arguments.dtype], device)
+    model = LayerByLayer(folder, None if arguments.dtype == "auto" else getattr(torch, arguments.dtype), device)
     what = {
         "model": digest(config, sorted((name, str(source.header(name))) for name in source.shard_of)),
         "calibration": digest(calibration.ids.tolist(), [row.stop for row in calibration.rows], calibration.names),
@@ -420,6 +425,7 @@ def summary(record: dict, output: Path) -> str:
             f"warning: the model's loss on the calibration text is {record['loss']:.2f} nats a token, more than that of counting "
             f"tokens ({record['unigram_loss']:.2f}). Is this the model's own tokenizer, and text it knows?"
         )
+    lines.append(f"next: python -m compress.compare ORIGINAL {output} --texts FILE ... --output COMPARISON")
     return "\n".join(lines)
 
 
@@ -430,13 +436,10 @@ def weight_lost(layer: dict, file: int | None = None) -> float:
     return float(1 - weight[layer["kept"]].sum() / weight.sum().clamp(min=1e-30))
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    run(arguments)
     return 0
 
 

@@ -18,8 +18,28 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
+
+FORMATS = ("fp8", "int8", "int4")
+METHODS = ("gptq", "awq")  # of int8 and int4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m compress.quantise", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--format", choices=FORMATS, default="fp8", help="what to write (%(default)s)")
+    parser.add_argument("--method", choices=METHODS, help="of int8 and int4 (gptq)")
+    parser.add_argument(
+        "--calibration", nargs="+", type=Path, metavar="FILE", help="for int8 and int4: files as for compress.prune"
+    )
+    parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens of all files (%(default)s)")
+    parser.add_argument("--context-tokens", type=int, default=512, help="longest row, in tokens (%(default)s)")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import torch
@@ -31,12 +51,11 @@ with extra("train"):
     from common.remote_code import read_config
     from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
-    from compress.integers import METHODS, write_integers
+    from compress.integers import write_integers
     from compress.rewrite import Job, Source, Tensor, check_space, digest, explain_interruption
 
 BLOCK = 128
 LARGEST = 448.0  # of E4M3
-FORMATS = ("fp8", "int8", "int4")
 # What DeepSeek's files have in FP8: the projections of attention, the indexer and every MLP.
 _QUANTISED = re.compile(
     r"(?:model\.)?layers\.\d+\.(?:self_attn\.(?:(?:q|k|v|o|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|indexer\.(?:wq_b|wk))"
@@ -117,20 +136,6 @@ def fp8_config(config: dict, source: Source) -> dict:
     return {**config, "quantization_config": quantization}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.quantise", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--format", choices=FORMATS, default="fp8", help="what to write (%(default)s)")
-    parser.add_argument("--method", choices=METHODS, help="of int8 and int4 (gptq)")
-    parser.add_argument(
-        "--calibration", nargs="+", type=Path, metavar="FILE", help="for int8 and int4: files as for compress.prune"
-    )
-    parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens of all files (%(default)s)")
-    parser.add_argument("--context-tokens", type=int, default=512, help="longest row, in tokens (%(default)s)")
-    return parser
-
-
 def run(arguments: argparse.Namespace):
     """
     Raises:
@@ -152,6 +157,9 @@ def run(arguments: argparse.Namespace):
         write_calibrated(source, config, arguments)
     written = Source(arguments.output).total_bytes()
     print(f"wrote {arguments.output}: {written / 1e9:.3f} GB, {written / source.total_bytes():.3f} of what it was")
+    print(
+        f"next: python -m compress.compare {arguments.model} {arguments.output} --texts FILE ... --output COMPARISON"
+    )
 
 
 def write_fp8(source: Source, config: dict, output: Path):
@@ -208,13 +216,10 @@ def _digest(source: Source, config: dict) -> str:
     return digest(config, sorted((name, str(source.header(name))) for name in source.shard_of))
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    run(arguments)
     return 0
 
 

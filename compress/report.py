@@ -8,10 +8,19 @@ import base64
 import html
 import io
 import json
-import sys
 from pathlib import Path
 
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m compress.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="what compress.prune has written")
+    return parser
+
+
+check_early(__name__, lambda: build_parser().parse_args())
 
 with extra("train"):
     import matplotlib
@@ -133,18 +142,18 @@ def png(figure) -> bytes:
     return buffer.getvalue()
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m compress.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="what compress.prune has written")
-    folder = parser.parse_args(argv).folder
+    """Run the command line; returns the exit code."""
+    folder = build_parser().parse_args(argv).folder
     file = folder / "pruning.json"
     if not file.is_file():
-        print(f"error: {file} does not exist; name a folder that compress.prune has written.", file=sys.stderr)
-        return 1
+        raise ValueError(f"{file} does not exist; name a folder that compress.prune has written")
     write_report(json.loads(file.read_text(encoding="utf-8")), folder)
     print(f"wrote {folder / 'pruning.html'}")
+    print(f"next: python -m compress.compare ORIGINAL {folder} --texts FILE ... --output COMPARISON")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from common.command import no_command
 from common.remote_code import AUTO_MAP, code_files, write_json
 from common.rewrite import refuse_existing
 from loading_deepseek import CheckpointFiles
@@ -257,3 +258,7 @@ def _write_shard(path: Path, tensors: list[Tensor]):
         part.unlink(missing_ok=True)
         raise
     os.replace(part, path)
+
+
+if __name__ == "__main__":
+    no_command("prune a checkpoint by python -m compress.prune")

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from common.command import no_command
+
 FIELDS = ("tokens", "weight", "weighted_norm", "norm", "squared_norm", "weighted_change")
 
 
@@ -79,3 +81,7 @@ def choose(scores: torch.Tensor, keep: int, num_groups: int) -> list[int]:
     grouped = scores.view(num_groups, -1)  # [G, E/G]
     best = grouped.sort(dim=-1, descending=True, stable=True).indices[:, : keep // num_groups].sort(dim=-1).values
     return (best + torch.arange(num_groups)[:, None] * grouped.shape[1]).flatten().tolist()
+
+
+if __name__ == "__main__":
+    no_command("prune a checkpoint by python -m compress.prune")

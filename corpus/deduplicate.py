@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.extras import extra
 
 with extra("corpus"):
@@ -742,16 +742,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = vars(build_parser().parse_args(argv))
     files, output = args.pop("files"), args.pop("output")
     test_sets, workers = tuple(args.pop("test_sets")), args.pop("workers")
-    try:
-        figures = deduplicate(files, output, Options(**args), test_sets, workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    figures = deduplicate(files, output, Options(**args), test_sets, workers)
     total = figures["total"]
     print(f"documents: {total['documents_in']} in, {total['documents_out']} out")
     print(f"bytes:     {total['bytes_in']} in, {total['bytes_out']} out")

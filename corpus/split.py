@@ -11,11 +11,10 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.outputs import refuse_existing
 from tokenization.documents import check_paths, read_documents
 
@@ -47,29 +46,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     count = 0
-    try:
-        if args.characters < 1 or args.output.suffix != ".jsonl":
-            raise ValueError(
-                f"--output is {args.output}, --characters {args.characters}; give a .jsonl and at least 1"
-            )
-        check_paths(args.files)
-        refuse_existing("--output", [args.output])
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.output.with_name(f"{args.output.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            for path in args.files:
-                for text in read_documents(path, args.text_field):
-                    for document in split(text, args.characters):
-                        file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
-                        count += 1
-        os.replace(partial, args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.characters < 1 or args.output.suffix != ".jsonl":
+        raise ValueError(f"--output is {args.output}, --characters {args.characters}; give a .jsonl and at least 1")
+    check_paths(args.files)
+    refuse_existing("--output", [args.output])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output.with_name(f"{args.output.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for path in args.files:
+            for text in read_documents(path, args.text_field):
+                for document in split(text, args.characters):
+                    file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+                    count += 1
+    os.replace(partial, args.output)
     print(f"{count:,} documents in {args.output}")
     print(f"next: python -m tokenization.train_bpe {args.output} --vocab-size 4096 --output TOKENIZER")
     return 0

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
@@ -158,20 +158,17 @@ def greedy_answers(
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        check_model_name(args.model)
-        examples = read_examples(args.data)
-        loaded, tokenizer = load_model(args.model, args.dtype, trust_remote_code=args.trust_remote_code)
-        model: CausalLM = loaded if args.adapter is None else load_result(loaded, args.adapter)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        answers = answer_all(model, tokenizer, examples, args.answer_tokens, args.answer_kind, args.batch_size)
-        print(json.dumps(asdict(score(answers))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_model_name(args.model)
+    examples = read_examples(args.data)
+    loaded, tokenizer = load_model(args.model, args.dtype, trust_remote_code=args.trust_remote_code)
+    model: CausalLM = loaded if args.adapter is None else load_result(loaded, args.adapter)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    answers = answer_all(model, tokenizer, examples, args.answer_tokens, args.answer_kind, args.batch_size)
+    print(json.dumps(asdict(score(answers))))
     if args.adapter is None:
         print(f"next: python chat.py --model {args.model}", file=sys.stderr)
     else:

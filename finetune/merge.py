@@ -9,12 +9,11 @@ a time. An FP8 checkpoint becomes bfloat16, since merged weights have no block s
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 
 
@@ -181,15 +180,12 @@ def merge(source: Path, adapter: Path, output: Path) -> None:
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        refuse_existing(args.output)
-        merge(local_folder(args.model), args.adapter, args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    refuse_existing(args.output)
+    merge(local_folder(args.model), args.adapter, args.output)
     print(f"merged model written to {args.output}")
     print(f"next: python chat.py --model {args.output}, or python -m tools.publish {args.output} --dry-run")
     return 0

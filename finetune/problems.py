@@ -11,12 +11,11 @@ words, order or language.
 import argparse
 import itertools
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -156,15 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        train, held_out = number_problems(args.train_examples, args.held_out_examples, args.seed, args.kinds)
-        refuse_existing("--output", (args.output / name for name in ("train.jsonl", "held_out.jsonl")))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    train, held_out = number_problems(args.train_examples, args.held_out_examples, args.seed, args.kinds)
+    refuse_existing("--output", (args.output / name for name in ("train.jsonl", "held_out.jsonl")))
     with extra("train"):
         from finetune.data import write_jsonl
 

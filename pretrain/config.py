@@ -10,10 +10,9 @@ docs/design.md and `DeepseekConfig` say what each field does. `pretrain.train --
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 from common.hardware import GPUS
 from common.outputs import refuse_existing
@@ -196,24 +195,21 @@ def what_it_takes(
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        for name in ("context", "row_tokens", "batch_rows"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        if args.gpu not in GPUS:
-            raise ValueError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(GPUS)}")
-        refuse_existing("--output", [args.output / "config.json"])
-        wanted = parse_quantity(args.parameters)
-        fields, parameters = fit(args.family, wanted, read_tokenizer(args.tokenizer), args.context)
-        tokens = parse_quantity(args.tokens) if args.tokens else TOKENS_PER_PARAMETER * parameters
-        lines = what_it_takes(fields, parameters, tokens, args.row_tokens, args.batch_rows, args.gpu, args.mfu)
-        write_config(fields, args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in ("context", "row_tokens", "batch_rows"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.gpu not in GPUS:
+        raise ValueError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(GPUS)}")
+    refuse_existing("--output", [args.output / "config.json"])
+    wanted = parse_quantity(args.parameters)
+    fields, parameters = fit(args.family, wanted, read_tokenizer(args.tokenizer), args.context)
+    tokens = parse_quantity(args.tokens) if args.tokens else TOKENS_PER_PARAMETER * parameters
+    lines = what_it_takes(fields, parameters, tokens, args.row_tokens, args.batch_rows, args.gpu, args.mfu)
+    write_config(fields, args.output)
     table = 2 * fields["vocab_size"] * fields["hidden_size"]
     print(
         f"{args.output / 'config.json'}: {fields['model_type']}, {parameters:,} parameters, {fields['num_hidden_layers']} layers"

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 
 
@@ -503,24 +503,21 @@ def _windows(stream: np.ndarray, window_tokens: int, fill: int, num_bytes: int) 
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        index = build_dataset(
-            _files_by_language(args.files),
-            args.tokenizer,
-            args.output,
-            args.held_out_fraction,
-            args.min_held_out_bytes,
-            args.shard_tokens,
-            args.text_field,
-            args.fim_rate,
-            args.fim_spm_share,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    index = build_dataset(
+        _files_by_language(args.files),
+        args.tokenizer,
+        args.output,
+        args.held_out_fraction,
+        args.min_held_out_bytes,
+        args.shard_tokens,
+        args.text_field,
+        args.fim_rate,
+        args.fim_spm_share,
+    )
     for language, entry in index["languages"].items():
         for split in ("train", "held_out"):
             size = entry[split]

@@ -11,10 +11,9 @@ multi-token-prediction modules not). The width is a whole number, so the two dif
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 
 
@@ -90,14 +89,11 @@ def write_dense_twin(source: Path, output: Path, keep_mtp: bool = True) -> tuple
     return wanted, found
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        source, twin = write_dense_twin(args.source, args.output, not args.no_mtp)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    source, twin = write_dense_twin(args.source, args.output, not args.no_mtp)
     print(f"wrote {args.output}: {twin:,} parameters in its layers, {source:,} active in those of {args.source}")
     print(f"next: python -m pretrain.train --model {args.output} --data DATA --run-dir RUN --steps N")
     return 0

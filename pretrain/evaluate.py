@@ -19,7 +19,7 @@ import math
 import sys
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
@@ -246,22 +246,19 @@ def continue_prompt(
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        check_model_name(args.model, "model")
-        check_same_tokenizer(args.data_tokenizer or args.model, args.data)
-        tokenizer = load_tokenizer(args.model)
-        if args.data_tokenizer is None:
-            held_out = load_held_out(args.data, args.context_tokens, args.max_tokens)
-        else:
-            made_by = AutoTokenizer.from_pretrained(args.data_tokenizer)
-            held_out = load_held_out_text(args.data, args.context_tokens, args.max_tokens, made_by, tokenizer)
-        model = load_model(args.model)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_model_name(args.model, "model")
+    check_same_tokenizer(args.data_tokenizer or args.model, args.data)
+    tokenizer = load_tokenizer(args.model)
+    if args.data_tokenizer is None:
+        held_out = load_held_out(args.data, args.context_tokens, args.max_tokens)
+    else:
+        made_by = AutoTokenizer.from_pretrained(args.data_tokenizer)
+        held_out = load_held_out_text(args.data, args.context_tokens, args.max_tokens, made_by, tokenizer)
+    model = load_model(args.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     result = evaluate_model(model, held_out, tokenizer.bos_token_id, args.batch_rows, device)

@@ -17,7 +17,7 @@ matplotlib.use("Agg")  # no display on training machines
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.outputs import refuse_existing
 
 
@@ -154,23 +154,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     if not args.log.is_file():
         print(f"error: log {args.log} does not exist; pass log.jsonl of a run of pretrain.train", file=sys.stderr)
         return 2
-    try:
-        if not args.overwrite:
-            names = (f"{name}.png" for name in DRAWINGS)
-            refuse_existing(
-                "--output", (args.output / name for name in names), "name another folder, or add --overwrite"
-            )
-        for path in draw_all(read_log(args.log), args.output):
-            print(path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not args.overwrite:
+        names = (f"{name}.png" for name in DRAWINGS)
+        refuse_existing("--output", (args.output / name for name in names), "name another folder, or add --overwrite")
+    for path in draw_all(read_log(args.log), args.output):
+        print(path)
     print("next: python -m pretrain.report RUN puts them on one page with the figures and samples")
     return 0
 

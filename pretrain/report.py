@@ -8,11 +8,10 @@
 import argparse
 import base64
 import json
-import sys
 from html import escape
 from pathlib import Path
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from pretrain.plot import draw_all, read_log
 
 CAPTIONS = {
@@ -140,14 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        print(write_report(args.run))
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(write_report(args.run))
     print("next: python -m pretrain.evaluate MODEL --data DATA, with the model that --export-dir wrote")
     return 0
 

@@ -10,7 +10,7 @@ from checks import ROOT
 
 from common.command import run_command
 
-PACKAGES = ("corpus", "finetune", "pretrain", "tokenization", "tools")
+PACKAGES = ("compress", "corpus", "finetune", "pretrain", "tokenization", "tools")
 SCRIPTS = ("add_remote_code", "try_loading")  # run by their paths, without this repository's packages
 
 
@@ -90,6 +90,10 @@ UNKNOWN = {
     "chat": ["--model", NOWHERE, "--prompt", "x"],
     "demo": ["--model", NOWHERE],
     "serve": ["--model", NOWHERE],
+    "compress.compare": [NOWHERE, "--texts", "{file}", "--output", "{new}"],
+    "compress.prune": ["--model", NOWHERE, "--keep", "0.5", "--output", "{new}", "--calibration", "{file}"],
+    "compress.quantise": ["--model", NOWHERE, "--output", "{new}"],
+    "compress.report": [NOWHERE],
     "corpus.deduplicate": [NOWHERE, "--output", "{new}"],
     "corpus.split": [NOWHERE, "--output", "{new}.jsonl"],
     "finetune.dpo": ["--model", ".", "--data", f"{NOWHERE}.jsonl", "--output", "{new}"],
@@ -142,6 +146,7 @@ def test_what_is_not_there_is_one_line_that_names_it(module, tmp_path):
 
 def test_names_that_stand_in_two_places_are_the_same():
     """Once without torch, for the command line, and once where the work is done."""
+    from compress import prune, scores
     from configuration_deepseek import FAMILY_DEFAULTS
     from finetune import config, lora
     from pretrain import optimizers, train
@@ -152,6 +157,7 @@ def test_names_that_stand_in_two_places_are_the_same():
     sizes = {f"nsa_{name}": value for name, (value, _) in upcycle_nsa.SIZES.items()}
     assert sizes == {k: v for k, v in FAMILY_DEFAULTS["deepseek_nsa"].items() if k.startswith("nsa_")}
     assert config.TARGETS == lora.TARGETS
+    assert tuple(scores.SCORES) == prune.SCORES
     assert train.OPTIMIZERS == optimizers.OPTIMIZERS
 
 

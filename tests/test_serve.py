@@ -2084,7 +2084,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys, monkeypa
     monkeypatch.setattr(serve, "load_into", None)
     for held in serve.listen("localhost", port := free_port()):
         with held:
-            assert serve.main(["--port", str(port)]) == 1
+            assert serve.main(["--port", str(port)]) == 2
     assert f"port {port}" in capsys.readouterr().err
 
 

@@ -18,12 +18,11 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 
 
@@ -277,23 +276,20 @@ def extend_checkpoint(
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        check_paths(args.text)
-        refuse_existing(args.output)
-        file = args.model / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist; --model must be a folder with a model and its tokenizer")
-        old = Tokenizer.from_file(str(file))
-        texts = [text for path in args.text for text in read_documents(path, args.text_field)]
-        merges = learn_merges(old, texts, args.new_tokens, args.max_token_length)
-        new, replaced = extend_tokenizer(old, merges, args.control_tokens)
-        num_rows = extend_checkpoint(args.model, args.output, new, replaced, args.multiple_of)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_paths(args.text)
+    refuse_existing(args.output)
+    file = args.model / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; --model must be a folder with a model and its tokenizer")
+    old = Tokenizer.from_file(str(file))
+    texts = [text for path in args.text for text in read_documents(path, args.text_field)]
+    merges = learn_merges(old, texts, args.new_tokens, args.max_token_length)
+    new, replaced = extend_tokenizer(old, merges, args.control_tokens)
+    num_rows = extend_checkpoint(args.model, args.output, new, replaced, args.multiple_of)
     characters = sum(map(len, texts))
     before, after = (sum(len(one.encode(text).ids) for text in texts) for one in (old, new))
     print(f"{args.output}: {len(replaced)} new tokens, vocab_size {num_rows}")

@@ -11,10 +11,9 @@ its own text.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -186,21 +185,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        check_fraction(args.held_out_fraction)
-        refuse_existing("--output", (args.output / f"report.{suffix}" for suffix in ("md", "json", "png")))
-        files = {group[0]: [Path(name) for name in group[1:]] for group in args.files}
-        if len(files) < len(args.files) or not all(files.values()):
-            raise ValueError("--files wants a language name and at least one file, each language once")
-        check_paths([path for paths in files.values() for path in paths])
-        tokenizers = load_tokenizers(args.tokenizers)
-        report = measure(tokenizers, files, args.held_out_fraction, args.max_bytes, args.text_field)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_fraction(args.held_out_fraction)
+    refuse_existing("--output", (args.output / f"report.{suffix}" for suffix in ("md", "json", "png")))
+    files = {group[0]: [Path(name) for name in group[1:]] for group in args.files}
+    if len(files) < len(args.files) or not all(files.values()):
+        raise ValueError("--files wants a language name and at least one file, each language once")
+    check_paths([path for paths in files.values() for path in paths])
+    tokenizers = load_tokenizers(args.tokenizers)
+    report = measure(tokenizers, files, args.held_out_fraction, args.max_bytes, args.text_field)
     args.output.mkdir(parents=True, exist_ok=True)
     text = table(report)
     (args.output / "report.md").write_text(text, encoding="utf-8")

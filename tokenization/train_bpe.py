@@ -9,11 +9,10 @@ so any text, of any script, encodes and decodes without loss. The result depends
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -171,19 +170,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        _check_options(args.vocab_size, args.max_token_length)
-        refuse_existing("--output", (args.output / name for name in TOKENIZER_FILES))
-        check_fraction(args.held_out_fraction)
-        check_paths(args.files)
-        documents = training_documents(args.files, args.text_field, args.held_out_fraction)
-        tokenizer = train_tokenizer(documents, args.vocab_size, args.chain, args.max_token_length)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _check_options(args.vocab_size, args.max_token_length)
+    refuse_existing("--output", (args.output / name for name in TOKENIZER_FILES))
+    check_fraction(args.held_out_fraction)
+    check_paths(args.files)
+    documents = training_documents(args.files, args.text_field, args.held_out_fraction)
+    tokenizer = train_tokenizer(documents, args.vocab_size, args.chain, args.max_token_length)
     save_tokenizer(tokenizer, args.output, args.model_max_length)
     print(f"{tokenizer.get_vocab_size()} tokens written to {args.output}")
     print(f"next: python -m pretrain.data --tokenizer {args.output} --files LANGUAGE FILE ... --output DATA")

@@ -13,11 +13,10 @@ stay as they are, the indexer is stored in bfloat16. OUTPUT must not exist; it a
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 
 SIZES = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}  # of V3.2
@@ -119,14 +118,11 @@ def add_indexer(source: Path, output: Path, sizes: dict[str, int], seed: int = 0
     write_checkpoint(source, output, config, tensor_files(source, required), change, what)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     sizes = {name: value for name, value in arguments.items() if name.startswith("index_")}
-    try:
-        add_indexer(arguments["source"], arguments["output"], sizes, arguments["seed"])
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    add_indexer(arguments["source"], arguments["output"], sizes, arguments["seed"])
     print(f"wrote {arguments['output']}; unchanged on texts of up to {sizes['index_topk']} tokens, train it for more")
     print(
         f"next: python -m pretrain.train --model {arguments['output']} --start weights --dsa-stage warmup --data DATA ..."

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # it runs by its path too, from any folder
 
+from common.command import one_line_errors, run_command  # noqa: E402
 from common.remote_code import AUTO_MAP, code_files, read_config, write_json  # noqa: E402
 
 BACKUP = ".before_remote_code"
@@ -94,19 +95,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    try:
-        folder = arguments.checkpoint_dir
-        for line in remove(folder) if arguments.remove else add(folder, arguments.repository):
-            print(line)
-        if not arguments.remove:
-            print(f"next: AutoModelForCausalLM.from_pretrained('{folder}', trust_remote_code=True)")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    folder = arguments.checkpoint_dir
+    for line in remove(folder) if arguments.remove else add(folder, arguments.repository):
+        print(line)
+    if not arguments.remove:
+        print(f"next: AutoModelForCausalLM.from_pretrained('{folder}', trust_remote_code=True)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
@@ -731,16 +731,13 @@ def run(args: argparse.Namespace) -> dict:
     return report
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        report = run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = run(args)
     write(report, args.output)
     plot(report, args.output.with_suffix(".png"))
     show(Console(), report)

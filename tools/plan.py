@@ -17,10 +17,9 @@ operations (FLOPs).
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 from common.hardware import DEFAULT_ROW, GPU, GPUS, MEASURED
 
@@ -321,34 +320,31 @@ def render(plan: dict, console: Console) -> None:
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        values = {name: getattr(args, name) for name in ("gpus", "micro_batch", "row", "batch", "cache_bits", "price")}
-        values |= {"context": min(args.context), "weight_bits": 1 if args.weight_bits is None else args.weight_bits}
-        for name, value in values.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0.")
-        plan = make_plan(
-            load_config(args.config),
-            gpu=args.gpu,
-            stages=[parse_stage(text) for text in args.tokens],
-            known_hours=[parse_quantity(text) for text in args.hours],
-            mfu=args.mfu,
-            price=args.price,
-            contexts=args.context,
-            batch=args.batch,
-            weight_bits=args.weight_bits,
-            cache_bits=args.cache_bits,
-            gpus=args.gpus,
-            zero=args.zero,
-            micro_batch=args.micro_batch,
-            row=args.row,
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    values = {name: getattr(args, name) for name in ("gpus", "micro_batch", "row", "batch", "cache_bits", "price")}
+    values |= {"context": min(args.context), "weight_bits": 1 if args.weight_bits is None else args.weight_bits}
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0.")
+    plan = make_plan(
+        load_config(args.config),
+        gpu=args.gpu,
+        stages=[parse_stage(text) for text in args.tokens],
+        known_hours=[parse_quantity(text) for text in args.hours],
+        mfu=args.mfu,
+        price=args.price,
+        contexts=args.context,
+        batch=args.batch,
+        weight_bits=args.weight_bits,
+        cache_bits=args.cache_bits,
+        gpus=args.gpus,
+        zero=args.zero,
+        micro_batch=args.micro_batch,
+        row=args.row,
+    )
     if args.json:
         print(json.dumps(plan, indent=2))
     else:

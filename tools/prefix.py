@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 from common.outputs import refuse_existing
@@ -65,19 +65,16 @@ with extra("serve"):
     from serving.conversation import Chat
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        text = check(args)
-        print(f"loading {args.model} ...", file=sys.stderr)
-        model, tokenizer = load(args.model, None, args.trust_remote_code, args.dtype, args.device)
-        tokens = Chat(model, tokenizer, system=text).save_prefix(args.output, args.chunk_size)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    text = check(args)
+    print(f"loading {args.model} ...", file=sys.stderr)
+    model, tokenizer = load(args.model, None, args.trust_remote_code, args.dtype, args.device)
+    tokens = Chat(model, tokenizer, system=text).save_prefix(args.output, args.chunk_size)
     print(f"{args.output}: {tokens:,} tokens, {args.output.stat().st_size:,} bytes")
     print(f"next: python chat.py --model {args.model} --prefix {args.output}")
     return 0

@@ -18,7 +18,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.outputs import refuse_existing
 from tokenization.chains import build_chain
 
@@ -71,13 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments, options = build_parser().parse_known_args(argv)
-    try:
-        convert(arguments.folder, arguments.output, arguments.llama_cpp, options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    convert(arguments.folder, arguments.output, arguments.llama_cpp, options)
     print(f"next: llama-cli --model {arguments.output}, of the same llama.cpp")
     return 0
 

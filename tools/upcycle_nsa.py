@@ -12,11 +12,10 @@ Weights go through memory a shard at a time. OUTPUT must not exist; it appears w
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import check_early, one_line_errors, run_command
 from common.extras import extra
 
 # Of the paper (arXiv:2502.11089): the fields `nsa_...` of a config, their values and meanings.
@@ -154,14 +153,11 @@ def upcycle(source: Path, output: Path, sizes: dict[str, int], seed: int = 0):
     write_checkpoint(source, output, config, tensor_files(source, required), change, what)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     sizes = {name: value for name, value in arguments.items() if name.startswith("nsa_")}
-    try:
-        upcycle(arguments["source"], arguments["output"], sizes, arguments["seed"])
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    upcycle(arguments["source"], arguments["output"], sizes, arguments["seed"])
     whole = sizes["nsa_num_select_blocks"] * sizes["nsa_select_block_size"]
     print(f"wrote {arguments['output']}; close to the dense model on texts of up to {whole} tokens, train it for more")
     print(

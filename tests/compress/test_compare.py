@@ -60,10 +60,10 @@ def test_front():
 
 def test_refusals(models, texts, tmp_path, capsys):
     common = ["--texts", str(texts[0]), "--output", str(tmp_path / "out")]
-    assert compare.main([*map(str, models), *common, "--tasks", str(tmp_path / "one.json")]) == 1
+    assert compare.main([*map(str, models), *common, "--tasks", str(tmp_path / "one.json")]) == 2
     assert "1 files for 2 checkpoints" in capsys.readouterr().err
     config = json.loads((models[1] / "config.json").read_text())
     (models[1] / "config.json").write_text(json.dumps(config | {"bos_token_id": 7}))
-    assert compare.main([*map(str, models), *common]) == 1
+    assert compare.main([*map(str, models), *common]) == 2
     assert "`bos_token_id` is 7 in config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

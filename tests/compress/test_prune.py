@@ -170,10 +170,10 @@ def mask_routers(model, kept: dict[int, list[int]]):
         gone = torch.ones(router.weight.shape[0], dtype=torch.bool)
         gone[experts] = False
 
-        def forward(x, router=router, gone=gone):
+        def forward(x, token_ids, router=router, gone=gone):
             logits = (x.float() @ router.weight.float().T).masked_fill(gone, float("-inf"))
             scores = router.score(logits)
-            indices = router.select(scores.masked_fill(gone, float("-inf")), router)
+            indices = router.select(scores.masked_fill(gone, float("-inf")), router, token_ids)
             weights = scores.gather(-1, indices)
             if router.norm_topk_prob:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -364,7 +364,7 @@ def test_interrupted_and_resumed(model, texts, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(LayerByLayer, "run", stop_in_third)
     output = tmp_path / "out"
-    assert run(model, output, texts, "--unseen", "drop") == 1
+    assert run(model, output, texts, "--unseen", "drop") == 2
     assert "Interrupted. What is done is kept" in capsys.readouterr().err
     assert not output.exists()
 
@@ -378,7 +378,7 @@ def test_interrupted_and_resumed(model, texts, tmp_path, monkeypatch, capsys):
         write(path, tensors)
 
     monkeypatch.setattr(rewrite, "_write_shard", fill_disk)
-    assert run(model, output, texts, "--unseen", "drop") == 1
+    assert run(model, output, texts, "--unseen", "drop") == 2
     assert "disk is full" in capsys.readouterr().err
     assert run(model, output, texts, "--unseen", "drop") == 0
     assert ran == [0, 1, 2, 2, 3]  # no layer twice
@@ -390,16 +390,16 @@ def test_interrupted_and_resumed(model, texts, tmp_path, monkeypatch, capsys):
 
 def test_unfinished_work_of_other_options_is_not_mixed(model, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(LayerByLayer, "run", lambda *arguments, **named: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run(model, tmp_path / "out", texts) == 1
+    assert run(model, tmp_path / "out", texts) == 2
     monkeypatch.undo()
-    assert run(model, tmp_path / "out", texts, "--score", "msan") == 1
+    assert run(model, tmp_path / "out", texts, "--score", "msan") == 2
     assert "other values of score" in capsys.readouterr().err
 
 
 def test_experts_that_saw_no_token_are_named(model, texts, tmp_path, capsys):
     short = tmp_path / "short.txt"
     short.write_text("seven")
-    assert run(model, tmp_path / "out", [str(short)]) == 1
+    assert run(model, tmp_path / "out", [str(short)]) == 2
     error = capsys.readouterr().err
     assert "too short" in error
     assert "--unseen drop" in error
@@ -449,7 +449,7 @@ def test_dry_run_reads_no_weights(model, monkeypatch, capsys):
 def test_tokenizer_of_another_model(model, texts, tmp_path, capsys):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
-    assert run(model, tmp_path / "out", texts) == 1
+    assert run(model, tmp_path / "out", texts) == 2
     assert "`eos_token_id` is 5 in config.json and 1 in the tokenizer" in capsys.readouterr().err
     with pytest.raises(ValueError, match="tokenizer of another model"):
         check_tokenizer(range(200), tiny.make_config("v3"))
@@ -457,7 +457,7 @@ def test_tokenizer_of_another_model(model, texts, tmp_path, capsys):
 
 def test_disk_too_small(model, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
-    assert run(model, tmp_path / "out", texts) == 1
+    assert run(model, tmp_path / "out", texts) == 2
     assert "will need" in capsys.readouterr().err
     assert not (tmp_path / "out.part").exists()
 
@@ -474,7 +474,7 @@ def test_layers_that_the_config_does_not_count_are_left_out(model, texts, tmp_pa
 def test_damaged_weights_are_refused(model, texts, tmp_path, capsys):
     shard = sorted(model.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert run(model, tmp_path / "out", texts) == 1
+    assert run(model, tmp_path / "out", texts) == 2
     assert "its header promises" in capsys.readouterr().err
 
 

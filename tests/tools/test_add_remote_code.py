@@ -72,19 +72,19 @@ def test_refuses_what_it_does_not_know(tmp_path, capsys, config, message):
     if config is not None:
         (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     before = contents(tmp_path)
-    assert tool.main([str(tmp_path)]) == 1
+    assert tool.main([str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 
 def test_remove_without_add_is_refused(folder, capsys):
-    assert tool.main([str(folder), "--remove"]) == 1
+    assert tool.main([str(folder), "--remove"]) == 2
     assert "nothing to undo" in capsys.readouterr().err
 
 
 def test_the_repository_itself_is_left_alone(capsys):
     before = sorted(path.name for path in ROOT.iterdir())
-    assert tool.main([str(ROOT)]) == 1
+    assert tool.main([str(ROOT)]) == 2
     assert "has the code already" in capsys.readouterr().err
     assert sorted(path.name for path in ROOT.iterdir()) == before
 
@@ -109,7 +109,7 @@ print(type(model).__module__)
     assert "transformers_modules.someone" in printed
     assert tool.main([str(folder), "--remove"]) == 0
     assert contents(folder) == before
-    assert tool.main([str(folder), "--from", "no name"]) == 1
+    assert tool.main([str(folder), "--from", "no name"]) == 2
     assert "owner/name" in capsys.readouterr().err
 
 

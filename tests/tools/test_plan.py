@@ -447,7 +447,7 @@ def test_the_demos_configs(tmp_path):
 )
 def test_bad_options(options, message, capsys):
     options = options if "--mfu" not in options else [*options, "--tokens", "1T"]
-    assert tool.main([str(OFFICIAL["deepseek_v3"]), *options]) == 1
+    assert tool.main([str(OFFICIAL["deepseek_v3"]), *options]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -465,5 +465,5 @@ def test_bad_options(options, message, capsys):
 def test_bad_files(content, message, tmp_path, capsys):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    assert tool.main([str(tmp_path)]) == 1
+    assert tool.main([str(tmp_path)]) == 2
     assert message in capsys.readouterr().err

@@ -273,7 +273,7 @@ def test_refuses(source, tmp_path, capsys, tool, family, changes, message):
     folder = source(family)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    assert tool.main([str(folder), str(tmp_path / "sparse")]) == 1
+    assert tool.main([str(folder), str(tmp_path / "sparse")]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
@@ -282,7 +282,7 @@ def test_refuses(source, tmp_path, capsys, tool, family, changes, message):
 def test_writes_all_or_nothing(source, tmp_path, capsys, monkeypatch, tool, family):
     folder, output = source(family), tmp_path / "sparse"
     output.mkdir()
-    assert tool.main([str(folder), str(output)]) == 1
+    assert tool.main([str(folder), str(output)]) == 2
     assert "exists already; name a new folder" in capsys.readouterr().err
     assert not any(output.iterdir())
     output.rmdir()
@@ -292,11 +292,11 @@ def test_writes_all_or_nothing(source, tmp_path, capsys, monkeypatch, tool, fami
 
     with monkeypatch.context() as patch:
         patch.setattr(rewrite, "write_json", fail)
-        assert tool.main([str(folder), str(output)]) == 1
+        assert tool.main([str(folder), str(output)]) == 2
     assert "disk full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
     shutil.copy(folder / "model.safetensors", folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert tool.main([str(folder), str(output)]) == 1
+    assert tool.main([str(folder), str(output)]) == 2
     assert "has no safetensors weights" in capsys.readouterr().err

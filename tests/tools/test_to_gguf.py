@@ -73,5 +73,5 @@ def test_names(tmp_path):
 
 
 def test_folder_without_converter(tmp_path, capsys):
-    assert main([str(ROOT), str(tmp_path / "out.gguf"), "--llama-cpp", str(tmp_path)]) == 1
+    assert main([str(ROOT), str(tmp_path / "out.gguf"), "--llama-cpp", str(tmp_path)]) == 2
     assert "no convert_hf_to_gguf.py" in capsys.readouterr().err
