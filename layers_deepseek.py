@@ -76,12 +76,14 @@ class DeepseekRotaryEmbedding(nn.Module):
         """
         super().__init__()
         # What transformers' RoPE functions read: here, and again when it fills the frequencies after loading.
-        self.config = PreTrainedConfig(
-            rope_parameters=dict(parameters),
-            head_dim=width,
-            hidden_size=width,
-            num_attention_heads=1,
-            max_position_embeddings=max_positions,
+        self.config = PreTrainedConfig.from_dict(
+            {
+                "rope_parameters": dict(parameters),
+                "head_dim": width,
+                "hidden_size": width,
+                "num_attention_heads": 1,
+                "max_position_embeddings": max_positions,
+            }
         )
         self.max_seq_len_cached = max_positions
         self.original_max_seq_len = max_positions
