@@ -31,12 +31,12 @@ test-transformers-%: $(VENV)-transformers-%/installed
 PINNED = $(shell sed -n 's/^transformers==\([0-9.]*\).*3.11.*/\1/p' requirements.txt | head -1)
 COMPATIBILITY := benchmarks/results/compatibility
 compatibility: $(VENV)/installed-test $(addprefix compatibility-,5.6.0 5.12.1 5.17.0 5.19.0 newest)
-	$(RUN) -m pytest -n $(WORKERS) -m "compatibility and not gpu" --compatibility $(COMPATIBILITY)/pinned.json
+	$(RUN) -m pytest -n $(WORKERS) -m "compatibility and not gpu" --compatibility=$(COMPATIBILITY)/pinned.json
 	$(RUN) docs/draw_compatibility.py $(COMPATIBILITY)/*.json --pinned $(PINNED)
 
 compatibility-%: $(VENV)-transformers-%/installed
 	$(VENV)-transformers-$*/bin/python -m pytest -n $(WORKERS) -m "compatibility and not slow and not gpu" tests/contract tests/parity \
-		--compatibility $(COMPATIBILITY)/$*.json
+		--compatibility=$(COMPATIBILITY)/$*.json
 
 # vLLM's build for CPUs on this repository's checkpoints, in an environment of its own (3.5 GB). The three packages that go
 # are builds for another PyTorch, which vLLM does not need for text.

@@ -68,8 +68,11 @@ class DeepseekGenerationMixin(_Generation):
             check_offloading(f"`cache_implementation` is {name!r}, which")
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: GenerationConfig) -> bool:
-        """As in transformers, where shapes alone say what a step does."""
+        """As in transformers, where shapes alone say what a step does; and on CPUs too for those who give a
+        `compile_config`, which transformers ignores there."""
         compiles = all(COMPILED_STEP in kind.supports for kind in self.model.attention_kinds.values())
+        if generation_config.compile_config is not None:
+            generation_config.compile_config._compile_all_devices = True
         return compiles and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):

@@ -1,6 +1,6 @@
 """Writes docs/compatibility.md from what the tests marked `compatibility` found: `make compatibility`.
 
-    python -m pytest -m compatibility --compatibility FILE.json      # once on each release of transformers
+    python -m pytest -m compatibility --compatibility=FILE.json      # once on each release of transformers
     python docs/draw_compatibility.py FILE.json ...
 
 A cell is what its tests did: all passed, all passed and some of them show that a use is refused with a message, or left

@@ -84,7 +84,6 @@ def test_an_indexer_that_may_choose_is_not_compiled():
         model = make_model(family)
         config = model.generation_config
         config.compile_config = CompileConfig()
-        config.compile_config._compile_all_devices = True
         kwargs = {CACHE_NAME: StaticCache(config=model.config, max_cache_len=8)}
         assert model._valid_auto_compile_criteria(kwargs, config) == compiled
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from checks import assert_close
 from tiny import FAMILIES, MAIN_FAMILIES, make_model, make_tokens
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 
 SETTINGS = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 
@@ -112,6 +112,25 @@ def test_generate_in_training_mode(family):
     model, prompt = make_model(family).train(), make_tokens(2, 12)
     actual = model.generate(prompt, **SETTINGS)
     assert torch.equal(actual, plain_greedy(model.eval(), prompt))
+
+
+@pytest.mark.slow
+def test_a_compile_config_compiles_the_step_on_cpus_too(family):
+    """Which transformers leaves out there without it."""
+    model, prompt, graphs = make_model(family), make_tokens(2, 12), []
+    expected = plain_greedy(model, prompt)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **SETTINGS), expected)
+    assert not graphs
+    config = CompileConfig(backend=backend, mode="default")
+    actual = model.generate(prompt, cache_implementation="static", compile_config=config, **SETTINGS)
+    assert graphs
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.compatibility("`generate`, compiled, static cache")
