@@ -107,23 +107,17 @@ def lora_config(
 
 
 def add_lora(
-    model: nn.Module,
-    targets: Sequence[str] = ("all",),
-    rank: int = 8,
-    alpha: float = 16.0,
-    dropout: float = 0.0,
-    include_mtp: bool = False,
-    rslora: bool = False,
-    dora: bool = False,
+    model: nn.Module, targets: Sequence[str] = ("all",), include_mtp: bool = False, **options: Any
 ) -> PeftModel:
     """Wrap `model` with new LoRA adapters, and check that each named group is adapted completely.
 
-    Arguments as `lora_config`.
+    Args:
+        options: `rank`, `alpha`, `dropout`, `rslora` and `dora`, as for `lora_config`.
 
     Raises:
         ValueError: as `lora_config`, or a group's modules were not all adapted.
     """
-    config = lora_config(model, targets, rank, alpha, dropout, include_mtp, rslora, dora)
+    config = lora_config(model, targets, include_mtp=include_mtp, **options)
     peft_model = get_peft_model(model, config)
     check_adapters(peft_model, targets, include_mtp)
     return peft_model
