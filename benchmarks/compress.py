@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from matplotlib import pyplot as plt
 from transformers.utils import logging
 
 from benchmarks.common import RESULTS, ROOT, write_results
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.loading import load_config, load_model, load_tokenizer
 from common.machine import describe_machine
 from compress import quantise
@@ -400,6 +401,7 @@ def _draw_plane(axis, part: list[dict], language: str):
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -409,11 +411,19 @@ def main(argv: list[str] | None = None) -> int:
         "--work", type=Path, default=ROOT / "runs" / "compress", help="folder for checkpoints and figures"
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
-    parser.add_argument("--llm-compressor", type=Path, help="Python of an environment with llmcompressor, for int4")
+    parser.add_argument(
+        "--llm-compressor",
+        type=Path,
+        help="Python of an environment with llmcompressor, for int4, which is read here by compressed-tensors",
+    )
     parser.add_argument("--known", action="store_true", help="run nothing: write the figures that WORK has")
     parser.add_argument("--tokens", type=int, default=28672, help="calibration tokens (%(default)s)")
     parser.add_argument("--every", type=int, default=8, help="each so many-th held-out window is read (%(default)s)")
     arguments = parser.parse_args(argv)
+    if arguments.llm_compressor and not arguments.known and not find_spec("compressed_tensors"):
+        raise ValueError(
+            "--llm-compressor is given, and int4 is read here by compressed-tensors: pip install compressed-tensors"
+        )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     bench = Bench(arguments)
