@@ -85,7 +85,7 @@ class DeepseekDSA(DeepseekMLA):
         Raises:
             ValueError: attention maps are asked for, or `kv_b_proj` has no matrix, where tokens are selected.
         """
-        if not isinstance(attention_mask, VisibleTokens):
+        if not isinstance(attention_mask, tuple):
             results = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, has_past, **kwargs
             )
@@ -124,7 +124,7 @@ class DeepseekDSA(DeepseekMLA):
             self.indexer,
             index_states,
             index_key,
-            attention_mask,
+            VisibleTokens(*attention_mask),  # of tracers that cut a model in layers it comes as a plain tuple
             attend_all=self.config.index_warmup,
             learns=self.training and self.learns(),
             mesh=getattr(self.kv_b_proj.weight, "device_mesh", None),

@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from matplotlib import pyplot as plt
 from transformers.utils import logging
 
 from benchmarks.common import RESULTS, ROOT, write_results
-from common.command import run_command
+from common.command import one_line_errors, run_command
 from common.loading import load_config, load_model, load_tokenizer
 from common.machine import describe_machine
 from compress import quantise
@@ -54,12 +55,14 @@ ONE_DOMAIN = "en_python_docs"
 RANDOM_SEEDS = 3
 EXPERTS = 16
 GROUPS = {"groups of 4": (4, 2, (12, 8)), "no groups": (1, 1, (14, 12, 10, 8))}
-# Of the variant without groups: experts kept, how they were chosen, and whether there is a teacher.
+# Of the variant without groups: experts kept, how they were chosen, whether there is a teacher, and steps of 2,048 tokens.
+STEPS = 16
 RECOVERIES = [
-    (8, "reap, all", True),
-    (12, "reap, all", True),
-    (8, f"reap, {ONE_DOMAIN}", True),
-    (8, "reap, all", False),
+    (8, "reap, all", True, STEPS),
+    (12, "reap, all", True, STEPS),
+    (8, f"reap, {ONE_DOMAIN}", True, STEPS),
+    (8, "reap, all", False, STEPS),
+    (8, "reap, all", True, 64),
 ]
 RECOVERY = {"batch_size": 4, "max_tokens": 512, "learning_rate": 2e-3, "rank": 8, "alpha": 16}
 FORMATS = ("fp8", "int4")
@@ -92,7 +95,7 @@ class Bench:
         self.work: Path = arguments.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.figures = Figures(self.work / "figures.json")
-        self.steps, self.llm_compressor, self.known = arguments.steps, arguments.llm_compressor, arguments.known
+        self.llm_compressor, self.known = arguments.llm_compressor, arguments.known
         if self.known:
             return
         tokenizer = load_tokenizer(ROOT)
@@ -127,10 +130,10 @@ class Bench:
             return self.work / name
         return self._written(self.whole(groups), name, self._choices(groups, keep)[choice], keep)
 
-    def recovered(self, keep: int, choice: str, with_teacher: bool) -> Path:
+    def recovered(self, keep: int, choice: str, with_teacher: bool, steps: int) -> Path:
         """The checkpoint without groups after distillation, merged."""
         pruned = self.pruned("no groups", keep, choice)
-        run = self.work / f"{pruned.name}-{'distilled' if with_teacher else 'trained'}"
+        run = self.work / f"{pruned.name}-{'distilled' if with_teacher else 'trained'}-{steps}"
         if (run / "merged").exists():
             return run / "merged"
         shutil.rmtree(run, ignore_errors=True)
@@ -139,7 +142,7 @@ class Bench:
         if not data.exists():
             write_sample(self.files, data, held_out, documents=16)
         values = {"model": str(pruned), "data": [str(data)], "eval_data": [str(held_out)], "output": str(run)}
-        values |= {"steps": self.steps, "eval_steps": self.steps, "packing": True, "merge": True, **RECOVERY}
+        values |= {"steps": steps, "eval_steps": steps, "packing": True, "merge": True, **RECOVERY}
         values |= {"teacher": str(self.whole("groups of 4"))} if with_teacher else {}
         sft.run(make_options(SFTOptions, values | {"track": ["none"], "preview": False, "cpu": True}))
         return run / "merged"
@@ -154,7 +157,7 @@ class Bench:
             if form == "fp8":
                 code = quantise.main(arguments)
             else:
-                arguments += ["--calibration", *map(str, self.files)]
+                arguments += ["--tokens", str(512 * len(self.files)), "--calibration", *map(str, self.files)]
                 command = [str(self.llm_compressor), "-m", "compress.quantise", *arguments]
                 code = subprocess.run(command, cwd=ROOT).returncode
             if code:
@@ -293,15 +296,16 @@ def find_scores(bench: Bench) -> dict:
 def find_recoveries(bench: Bench) -> list[dict]:
     """-> before and after, of each of `RECOVERIES`"""
     found = []
-    for keep, choice, with_teacher in RECOVERIES:
+    for keep, choice, with_teacher, steps in RECOVERIES:
         name = f"no groups/{keep}/{choice}"
         before = bench.bits(name, lambda k=keep, c=choice: bench.pruned("no groups", k, c))
         after = bench.bits(
-            f"{name}/{'distilled' if with_teacher else 'trained'}",
-            lambda k=keep, c=choice, t=with_teacher: bench.recovered(k, c, t),
+            f"{name}/{'distilled' if with_teacher else 'trained'} {steps}",
+            lambda k=keep, c=choice, t=with_teacher, n=steps: bench.recovered(k, c, t, n),
         )
         if before is not None and after is not None:
-            found.append({"kept": keep, "choice": choice, "teacher": with_teacher, "before": before, "after": after})
+            entry = {"kept": keep, "choice": choice, "teacher": with_teacher, "steps": steps}
+            found.append(entry | {"before": before, "after": after})
     return found
 
 
@@ -317,7 +321,7 @@ def find_plane(bench: Bench) -> list[dict]:
                     if keep == EXPERTS:
                         folder = bench.whole("groups of 4")
                     else:
-                        folder = bench.recovered(keep, "reap, all", True) if recovered else None
+                        folder = bench.recovered(keep, "reap, all", True, STEPS) if recovered else None
                         folder = folder or bench.pruned("no groups", keep, "reap, all")
                     return bench.quantised(folder, form)
 
@@ -372,7 +376,7 @@ def _draw_recoveries(axis, part: list[dict], language: str):
         axis.annotate("", (after, place), (before, place), arrowprops={"arrowstyle": "->", "color": "C0"})
         axis.plot(before, place, "x", color="C3", label="before" if place == 0 else None)
         axis.plot(after, place, "o", color="C2", label="after" if place == 0 else None)
-    names = [f"{e['kept']}: {e['choice']}{'' if e['teacher'] else ', no teacher'}" for e in part]
+    names = [f"{e['kept']}: {e['choice']}{'' if e['teacher'] else ', no teacher'}, {e['steps']} steps" for e in part]
     axis.set_yticks(range(len(part)), names, fontsize="small")
     axis.invert_yaxis()
     axis.set_xlabel("bits per byte, held out")
@@ -397,6 +401,7 @@ def _draw_plane(axis, part: list[dict], language: str):
 # ---------------------------------------------------------------- command line
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -406,12 +411,19 @@ def main(argv: list[str] | None = None) -> int:
         "--work", type=Path, default=ROOT / "runs" / "compress", help="folder for checkpoints and figures"
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
-    parser.add_argument("--llm-compressor", type=Path, help="Python of an environment with llmcompressor, for int4")
+    parser.add_argument(
+        "--llm-compressor",
+        type=Path,
+        help="Python of an environment with llmcompressor, for int4, which is read here by compressed-tensors",
+    )
     parser.add_argument("--known", action="store_true", help="run nothing: write the figures that WORK has")
     parser.add_argument("--tokens", type=int, default=28672, help="calibration tokens (%(default)s)")
     parser.add_argument("--every", type=int, default=8, help="each so many-th held-out window is read (%(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="of a recovery, 2048 tokens each (%(default)s)")
     arguments = parser.parse_args(argv)
+    if arguments.llm_compressor and not arguments.known and not find_spec("compressed_tensors"):
+        raise ValueError(
+            "--llm-compressor is given, and int4 is read here by compressed-tensors: pip install compressed-tensors"
+        )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     bench = Bench(arguments)
@@ -420,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     draw(results, RESULTS / "compress.png")
     command = f"python -m benchmarks.compress --corpus CORPUS --data DATA --tokens {arguments.tokens}"
-    command += f" --every {arguments.every} --steps {arguments.steps}"
+    command += f" --every {arguments.every}"
     command += " --llm-compressor PYTHON" if arguments.llm_compressor else ""
     command += " --known" if arguments.known else ""  # some figures may be missing
     head = {"machine": describe_machine(), "command": command, "recovery_options": RECOVERY}

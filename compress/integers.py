@@ -54,12 +54,6 @@ def write_integers(folder: Path, output: Path, form: str, method: str, calibrati
         ) from error
     model = load_model(folder, dtype="auto").eval()
     rows = [calibration.ids[row].tolist() for row in calibration.rows]
-    topk, longest = getattr(model.config, "index_topk", None), max(map(len, rows))
-    if topk is not None and longest > topk:
-        raise ValueError(
-            f"The longest row of calibration text has {longest} tokens and `index_topk` is {topk}: llm-compressor cannot trace the "
-            f"selection of tokens. Give --context-tokens {topk}; the selection itself is not quantised."
-        )
     linearize_moe(model)
     with _no_pinned_memory():
         oneshot(
@@ -70,7 +64,7 @@ def write_integers(folder: Path, output: Path, form: str, method: str, calibrati
             recipe=recipe(model, form, method),
             num_calibration_samples=len(rows),
             shuffle_calibration_samples=False,
-            max_seq_length=longest,
+            max_seq_length=max(map(len, rows)),
             pipeline="sequential",
             sequential_targets=[type(model.model.layers[0]).__name__],
             output_dir=str(output),

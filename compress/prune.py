@@ -382,7 +382,7 @@ def run(arguments: argparse.Namespace):
         write_json(job.folder / "pruning.json", record)
         write_report(record, job.folder)
         job.finish(folder, new_config)
-    print(summary(record, arguments.output))
+    print(summary(record, arguments.model, arguments.output))
 
 
 def _count_mtp(source: Source, num_hidden_layers: int) -> int:
@@ -413,8 +413,8 @@ def pruning_record(score_name: str, calibration: Calibration, measurement: Measu
     }
 
 
-def summary(record: dict, output: Path) -> str:
-    """What happened, in a few lines."""
+def summary(record: dict, model: str, output: Path) -> str:
+    """What happened, and what comes next, in a few lines."""
     lost = [weight_lost(layer) for layer in record["layers"].values()]
     lines = [
         f"wrote {output}; on the calibration text {sum(lost) / len(lost):.1%} of the routing weight went to experts that"
@@ -425,7 +425,12 @@ def summary(record: dict, output: Path) -> str:
             f"warning: the model's loss on the calibration text is {record['loss']:.2f} nats a token, more than that of counting "
             f"tokens ({record['unigram_loss']:.2f}). Is this the model's own tokenizer, and text it knows?"
         )
-    lines.append(f"next: python -m compress.compare ORIGINAL {output} --texts FILE ... --output COMPARISON")
+    lines.append(
+        f"next: python -m compress.compare {model} {output} --texts FILE ... --output COMPARISON, or, to recover,"
+    )
+    lines.append(
+        f"python -m finetune.sft --model {output} --teacher {model} --data FILE ... --packing --merge --output RUN"
+    )
     return "\n".join(lines)
 
 

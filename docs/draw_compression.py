@@ -51,11 +51,11 @@ def recovery_table(results: dict) -> str:
     """Bits per byte before and after a recovery."""
     rows = []
     for entry in results["recovery"]:
-        how = "distilled" if entry["teacher"] else "trained on the text alone"
+        how = f"{entry['steps']} steps, {'distilled' if entry['teacher'] else 'on the text alone'}"
         rows.append(
             [f"{100 * entry['kept'] / EXPERTS:g} %", entry["choice"], bits(entry["before"]), how, bits(entry["after"])]
         )
-    return table(["experts kept", "chosen by", "before", "", "after"], rows)
+    return table(["experts kept", "chosen by", "before", "trained for", "after"], rows)
 
 
 def plane_table(results: dict) -> str:

@@ -22,7 +22,8 @@ from finetune.problems import number_problems
 needs_llm_compressor = pytest.mark.skipif(
     importlib.util.find_spec("llmcompressor") is None, reason="needs llm-compressor's environment"
 )
-# The first layer is dense in those with experts; v32's indexer and the router read what AWQ scales too.
+# The first layer is dense in those with experts; v32's indexer and the router read what AWQ scales too. It selects 16 tokens,
+# fewer than most rows of the calibration text and all that are read back have.
 FAMILIES = ["v3", "v2_lite", "deepseek", "v32", "llama"]
 WIDTHS = {"hidden_size": 128, "intermediate_size": 96, "vocab_size": VOCAB_SIZE}
 MOE_WIDTHS = {"moe_intermediate_size": 64}
@@ -98,7 +99,6 @@ def sized_checkpoint(checkpoint, family: str):
     widths = WIDTHS | (MOE_WIDTHS if "n_routed_experts" in fields else {})
     if "kv_lora_rank" in fields:
         widths |= {name: size for name, size in MLA_WIDTHS.items() if fields.get(name) is not None}
-    widths |= {"index_topk": 64} if "index_topk" in fields else {}
     return add_tokenizer(checkpoint(family, **widths))
 
 
@@ -131,6 +131,7 @@ def round_inputs(module, inputs):
 
 @needs_llm_compressor
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", quantise.METHODS)
 @pytest.mark.parametrize("form", ["int4", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,16 +165,8 @@ def test_reads_back_as_what_it_means(family, form, method, checkpoint, files, tm
 
 
 @needs_llm_compressor
-def test_rows_longer_than_what_is_selected_are_refused(checkpoint, tmp_path, capsys):
-    folder, text = sized_checkpoint(checkpoint, "v32"), tmp_path / "text.txt"
-    text.write_text("count one and two " * 200)
-    options = ["--format", "int4", "--calibration", str(text), "--output", str(tmp_path / "out")]
-    assert quantise.main(["--model", str(folder), *options]) == 2
-    assert "Give --context-tokens 64" in capsys.readouterr().err
-
-
-@needs_llm_compressor
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_awq_undoes_what_it_scales(family, checkpoint, files, tmp_path):
     """A norm that is scaled and each module that reads it are together what they were: routers exactly, others but for
@@ -214,6 +207,7 @@ def quantised_names(folder) -> set[str]:
 
 @needs_llm_compressor
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_checkpoint_of_this_repository(tmp_path):
     """Its distribution stays near what it was: measured 0.007 (gptq) and 0.009 (awq) nats for int4, 0.0006 for int8."""
     original = AutoModelForCausalLM.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32).eval()

@@ -603,6 +603,29 @@ def test_what_a_layer_returns_besides_its_states_is_not_looked_at(family, monkey
     assert outputs.index_loss is None
 
 
+@pytest.mark.compatibility("layers traced by `torch.fx`")
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_named_tuples_reach_layers_as_plain_ones(family, padded, monkeypatch):
+    """Between the layers that it cuts out, llm-compressor keeps lists, tuples and dictionaries, of the plain kind."""
+    model, tokens, mask = make_model(family), make_tokens(2, 40), torch.ones(2, 40, dtype=torch.long)  # v32 selects 16
+    mask[1, :5] = not padded
+    inputs = {"attention_mask": mask, "use_cache": False}  # as it calls models
+    expected = model(tokens, **inputs).logits
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        kind = next((kind for kind in (tuple, list) if isinstance(value, kind)), None)
+        return value if kind is None else kind(map(plain, value))
+
+    for layer in model.model.layers:
+        monkeypatch.setattr(
+            layer, "forward", lambda *args, of=layer.forward, **kwargs: of(*plain(args), **plain(kwargs))
+        )
+    assert torch.equal(model(tokens, **inputs).logits, expected)
+
+
 # What transformers' own model tests ask
 
 

@@ -11,7 +11,7 @@ from tiny_chat import VOCAB_SIZE, add_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from compress import prune
+from compress import prune, quantise
 from compress.compare import compare
 from compress.rewrite import Source
 from finetune import sft
@@ -166,9 +166,15 @@ def divergence_of(folder, teacher, texts) -> float:
     return total / places
 
 
-def test_a_pruned_model_recovers_and_is_merged(pruned, tmp_path):
-    """The result loads by itself, is nearer to the original than the pruned one, and has no expert more."""
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_pruned_model_recovers_and_is_merged(pruned, quantised, tmp_path):
+    """The result loads by itself, is nearer to the original than the pruned one, and has no expert more; of one in FP8
+    it is no longer in FP8."""
     base, folder = pruned
+    names = Source(folder).shard_of.keys()
+    if quantised:
+        assert quantise.main(["--model", str(folder), "--output", str(tmp_path / "fp8")]) == 0
+        folder = tmp_path / "fp8"
     held_out = tmp_path / "held_out.jsonl"
     options = options_for(folder, base, tmp_path, eval_data=[str(held_out)], merge=True)
     _, _, report = sft.run(options)
@@ -180,7 +186,7 @@ def test_a_pruned_model_recovers_and_is_merged(pruned, tmp_path):
     assert "perplexity" not in report.after
     model = AutoModelForCausalLM.from_pretrained(merged, trust_remote_code=True)
     assert model.config.n_routed_experts == 8
-    assert Source(merged).shard_of.keys() == Source(folder).shard_of.keys()
+    assert Source(merged).shard_of.keys() == names
 
 
 @pytest.mark.slow
