@@ -8,7 +8,8 @@ and with position and of its value, C the latent width.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from .compat_deepseek import create_masks_for_generate
 from .layers_deepseek import DeepseekRMSNorm, apply_rotary, yarn_softmax_factor
 
 _BLOCK_BYTES = 64 * 2**20  # scores held at once while a long past is expanded block by block
+_PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # dtypes of weights that are not quantised
+_INDICES = {torch.int64, torch.bool}  # dtypes of what is no weight
 _PART_PRODUCTS = 2**19  # multiplications of a query with its keys that are worth a thread
 
 
@@ -180,10 +183,12 @@ class DeepseekMLA(DeepseekAttention):
             )
             if value.shape[-1] > self.v_head_dim:
                 output = output[..., : self.v_head_dim]
-        elif hidden_states.shape[1] <= self.max_absorbed_tokens or kwargs.get("output_attentions"):
+        else:
             weight, entries = self._kv_b_weight(latent, cache_layer), getattr(cache_layer, "entries", None)
             wants_probs = kwargs.get("output_attentions") or torch.is_grad_enabled()
-            if weight is None:
+            if hidden_states.shape[1] > self.max_absorbed_tokens and not kwargs.get("output_attentions"):
+                output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
+            elif weight is None:
                 key, value = self._expand(all_latent, all_k_rope)  # [B, H, T, .]
                 query = torch.cat((q_nope, q_rope), dim=-1)  # [B, H, S, Dn + Dr]
                 output, probs = eager_attention_forward(self, query, key, value, attention_mask, self.scaling)
@@ -191,8 +196,6 @@ class DeepseekMLA(DeepseekAttention):
                 output, probs = self._absorbed(
                     q_nope, q_rope, all_latent, all_k_rope, attention_mask, weight, entries, wants_probs
                 )
-        else:
-            output, probs = self._blockwise(q_nope, q_rope, all_latent, all_k_rope, attention_mask)
         return self._output(output, hidden_states), probs, None
 
     def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -215,9 +218,20 @@ class DeepseekMLA(DeepseekAttention):
 
     def _cache(self, latent, k_rope, past_key_values, has_past):
         """-> latents [B, 1, T, C] and keys [B, 1, T, Dr] of all tokens, and the cache's layer; without a cache the new ones
-        and None"""
+        and None
+
+        Raises:
+            ValueError: the cache holds something else than latents.
+        """
         if past_key_values is None:
             return latent, k_rope, None
+        held = getattr(past_key_values.layers[self.layer_idx], "keys", None) if has_past else None
+        if held is not None and held.ndim == 4 and (held.shape[1], held.shape[3]) != (1, self.kv_lora_rank):
+            raise ValueError(
+                f"`past_key_values` holds keys of shape {tuple(held.shape)}, but {self.title} caches latents, which are "
+                f"[batch, 1, tokens, {self.kv_lora_rank}]. PEFT's prefix tuning and cartridges make keys and values of heads: "
+                "use prompt tuning or LoRA. Otherwise pass a cache that this model has filled, or an empty one."
+            )
         latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
         cache_layer = past_key_values.layers[self.layer_idx]
         if not has_past and hasattr(cache_layer, "kv_b_weight"):
@@ -315,6 +329,8 @@ class DeepseekMLA(DeepseekAttention):
         entries = torch.cat(halves, dim=-1)  # [1, 1, T, C + Dr]; T counts the tokens of all texts
         latent, k_rope = entries[..., :width].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         weight = self._kv_b_weight(latent, cache_layer=None)
+        if weight is None and not self._is_hooked():
+            self._check_tokens_are_independent(latent)
         if q_nope.shape[2] <= self.max_absorbed_tokens and weight is not None:
             return self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask, weight)
         return self._blockwise(q_nope, q_rope, latent, k_rope, attention_mask)
@@ -332,44 +348,106 @@ class DeepseekMLA(DeepseekAttention):
         With LoRA, quantisation or offloading, it is the module's output for the identity. This costs more than a
         decoded token should, so the matrix is kept with the cache for as long as its text.
         """
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.kv_b_proj.modules()):
-            return None  # they may do anything, such as choosing an adapter for each row
+        if self._is_hooked():
+            return None
         if type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.bias is None and not self.kv_b_proj.weight.is_meta:
             weight = self.kv_b_proj.weight
             if hasattr(weight, "to_local"):
                 return weight.to_local()  # tensor parallel: this process's heads
             if type(weight) is nn.Parameter:  # and not one of torchao's
                 return weight
-        if torch.is_grad_enabled() or cache_layer is None:
+        if cache_layer is None:
             return self._probe_kv_b(latent)
+        if torch.is_grad_enabled():
+            return self._probe_for_cache(latent)
         if not hasattr(cache_layer, "kv_b_weight"):
             if torch.compiler.is_compiling():
                 return None  # probing looks at numbers
-            cache_layer.kv_b_weight = self._probe_kv_b(latent)
+            cache_layer.kv_b_weight = self._probe_for_cache(latent)
         return cache_layer.kv_b_weight
+
+    def _is_hooked(self) -> bool:
+        """Whether kv_b_proj has hooks, which may do anything, such as choosing an adapter for each row."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.kv_b_proj.modules())
+
+    def _probe_for_cache(self, latent: torch.Tensor) -> torch.Tensor | None:
+        """As `_probe_kv_b`; where there is no matrix, tokens must at least not depend on each other."""
+        weight = self._probe_kv_b(latent)
+        if weight is None:
+            self._check_tokens_are_independent(latent)
+        return weight
 
     def _probe_kv_b(self, latent: torch.Tensor) -> torch.Tensor | None:
         """The output of kv_b_proj for the identity, [H * (Dn + Dv), C], if kv_b_proj applies the same matrix to other
         rows, the zero row included.
 
-        A bias, in the module or in an adapter on it, or anything else that is not linear, shows there. Of an adapter with
-        dropout only the bias is looked for.
+        A bias, in the module or in an adapter on it, or anything else that is not linear, shows there, dropout aside.
         """
-        width = self.kv_lora_rank
-        identity = torch.eye(width, dtype=latent.dtype, device=latent.device)
-        signs = 1 - 2 * (torch.arange(width, device=latent.device) % 3 == 0).to(latent.dtype)
-        rows = torch.stack((torch.zeros_like(signs), 3 * signs))  # [2, C]
         if self.training and _has_bias(self.kv_b_proj):
             return None  # it may be zero yet, but learns
+        identity, row = self._probes(latent)
         image = self.kv_b_proj(identity)
-        # in a pass of its own, since an adapter may choose by all rows of a pass what it does to each
-        errors = (self.kv_b_proj(rows) - rows @ image).detach()  # [2, H * (Dn + Dv)]
-        if errors[0].any():
-            return None
-        dropout = self.training and any(isinstance(m, nn.Dropout) and m.p for m in self.kv_b_proj.modules())
-        # quantised modules may compute in bfloat16, whatever they are given; zero is exact in every dtype
-        rounding = 4 * torch.finfo(torch.bfloat16).eps * (rows[1, :, None] * image.detach()).norm(dim=0).max()
-        return image.T if dropout or errors[1].abs().max() <= rounding else None
+        with torch.no_grad(), _without_dropout(self.kv_b_proj) as had_dropout:
+            plain = self.kv_b_proj(identity) if had_dropout else image.detach()  # [C, H * (Dn + Dv)]
+            # in passes of their own, since an adapter may choose by all rows of a pass what it does to each
+            error = (self.kv_b_proj(row) - row @ plain).abs().max()
+            rounding = _relative_error(self.kv_b_proj, latent) * (row.T * plain).norm(dim=0).max()
+            is_matrix = error <= rounding and not self.kv_b_proj(torch.zeros_like(row)).any()
+        return image.T if is_matrix else None
+
+    @torch.no_grad()
+    def _check_tokens_are_independent(self, latent: torch.Tensor):
+        """
+        Raises:
+            ValueError: what kv_b_proj makes of a token depends on the tokens beside it, so that it cannot be cached.
+        """
+        identity, row = self._probes(latent)
+        with _without_dropout(self.kv_b_proj):
+            alone, again = self.kv_b_proj(row), self.kv_b_proj(row)
+            beside = self.kv_b_proj(torch.cat((row, identity)))[:1]
+        rounding = _relative_error(self.kv_b_proj, latent) * alone.norm()
+        if (again - alone).norm() <= rounding < (beside - alone).norm():
+            raise ValueError(
+                "`kv_b_proj` makes something else of a token when other tokens are in the same pass, as PEFT's Lily does, "
+                "so attention over a cache cannot give what the whole text would. Pass use_cache=False, or leave "
+                "`kv_b_proj` out of the adapter's targets."
+            )
+
+    def _probes(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the identity [C, C], and another row [1, C] in which all of them take part"""
+        signs = 1 - 2 * (torch.arange(self.kv_lora_rank, device=latent.device) % 3 == 0).to(latent.dtype)
+        return torch.eye(self.kv_lora_rank, dtype=latent.dtype, device=latent.device), 3 * signs[None]
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[bool]:
+    """A context in which no `nn.Dropout` of `module` drops anything; gives whether one would."""
+    active = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
+    for dropout in active:
+        dropout.training = False
+    try:
+        yield bool(active)
+    finally:
+        for dropout in active:
+            dropout.training = True
+
+
+def _relative_error(module: nn.Module, rows: torch.Tensor) -> float:
+    """How far two ways to multiply `rows` [..., C] with what `module` holds may differ, in parts of the result."""
+    device, dtypes = rows.device.type, {rows.dtype}
+    for part in (*module.parameters(), *module.buffers()):
+        # quantised modules may compute in bfloat16, whatever they are given
+        plain = type(part) in (torch.Tensor, nn.Parameter) and part.dtype in _PLAIN
+        dtypes.add(part.dtype if plain or part.dtype in _INDICES else torch.bfloat16)
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # PyTorch 2.9 and later
+    if (precision or torch.get_float32_matmul_precision()) not in ("none", "ieee", "highest"):
+        dtypes.add(torch.bfloat16)  # or TF32, which is finer
+    coarsest = max(dtypes - _INDICES, key=lambda dtype: torch.finfo(dtype).eps)
+    # numbers are rounded to that dtype, their sums in float32 at least
+    return 4 * torch.finfo(coarsest).eps + 8 * rows.shape[-1] ** 0.5 * torch.finfo(wider(coarsest)).eps
 
 
 def _has_bias(module: nn.Module) -> bool:
