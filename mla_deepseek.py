@@ -8,7 +8,7 @@ and with position and of its value, C the latent width.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -420,7 +420,7 @@ class DeepseekMLA(DeepseekAttention):
 
 
 @contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[bool]:
+def _without_dropout(module: nn.Module) -> Generator[bool, None, None]:
     """A context in which no `nn.Dropout` of `module` drops anything; gives whether one would."""
     active = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
     for dropout in active:

@@ -219,7 +219,8 @@ class DeepseekExperts(nn.Module):
         if torch.jit.is_tracing():  # as for compilers; a trace of the loop would keep the experts of its example
             return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, hidden_states, top_k_index, top_k_weights)
         if torch.compiler.is_compiling():  # the loop below depends on the data, which cannot be one graph
-            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+            name = "batched_mm" if torch.onnx.is_in_onnx_export() else "grouped_mm"  # which ONNX does not have
+            return ALL_EXPERTS_FUNCTIONS[name](self, hidden_states, top_k_index, top_k_weights)
         num_tokens, top_k = top_k_index.shape
         # Once, not at each use: under LoRA each access to a parameter builds base + update for all experts.
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # [E, 2F, D], [E, D, F]

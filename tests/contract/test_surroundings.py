@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -69,6 +70,26 @@ def test_an_expert_of_another_shape_is_named(tmp_path):
     name = next(name for name in state if ".experts.3.down_proj" in name)
     with pytest.raises(RuntimeError, match=r"experts\.3\.down_proj\.weight has shape \(5, 5\)"):
         model.load_state_dict(state | {name: torch.zeros(5, 5)})
+
+
+@pytest.mark.compatibility("`load_checkpoint_in_model` with a `device_map`")
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_accelerate_loads_into_a_live_model_by_the_names_of_the_files(family, tmp_path, caplog, refused):
+    """A `device_map` makes it go by module names, which stacked experts do not have: it says so in a warning, and fails
+    with `strict=True`. Experts that are modules are found."""
+    expected, tokens, where = make_model(family, seed=1), make_tokens(2, 12), {"device_map": {"": "cpu"}}
+    expected.save_pretrained(tmp_path)
+    if family in MOE:
+        model = make_model(family)
+        with refused(AttributeError, match="'DeepseekExperts' object has no attribute '0'"):
+            accelerate.load_checkpoint_in_model(model, tmp_path, strict=True, **where)
+        accelerate.load_checkpoint_in_model(model, tmp_path, **where)
+        assert re.search(r"were not used when initializing .*mlp\.experts\.\d+\.", caplog.text)
+    separate = {"separate_experts": True} if family in MOE else {}
+    model = make_model(family, **separate)
+    accelerate.load_checkpoint_in_model(model, tmp_path, strict=True, **where)
+    assert_close(model(tokens).logits, expected(tokens).logits, "logits")
 
 
 @pytest.mark.compatibility("truncated test models")
@@ -570,6 +591,37 @@ def test_exported_models(family):
     ).module()
     for tokens in (make_tokens(2, 12, seed=1), make_tokens(2, 40, seed=2)):
         assert_close(exported(tokens, use_cache=False).logits, model(tokens).logits, "logits")
+
+
+class OnlyLogits(torch.nn.Module):
+    """What ONNX takes: tensors in, one tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens, use_cache=False).logits
+
+
+@pytest.mark.slow
+@pytest.mark.compatibility("`torch.onnx.export`, dynamic length")
+@pytest.mark.parametrize("family", ["llama", "deepseek", "v2_lite", "v2", "v3"])
+@torch.no_grad()
+def test_onnx_models_run_in_onnxruntime(family, tmp_path):
+    """With other tokens and lengths than the example's: experts are those of the input."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, length = make_model(family), torch.export.Dim("length", min=2, max=200)
+    shapes = ({1: length},)
+    program = torch.onnx.export(OnlyLogits(model).eval(), (make_tokens(2, 12),), dynamo=True, dynamic_shapes=shapes)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (name,) = (argument.name for argument in session.get_inputs())
+    for seed, number in enumerate((12, 7, 150), 1):
+        tokens = make_tokens(2, number, seed=seed)
+        (logits,) = session.run(None, {name: tokens.numpy()})
+        assert_close(torch.from_numpy(logits), model(tokens).logits, "logits")
 
 
 def test_a_class_that_a_library_puts_in_its_place_is_not_saved(tmp_path, monkeypatch):
