@@ -26,6 +26,9 @@ CACHE_NAMES = ("past_key_values", "cache")
 # The static cache layer with room for an indexer's keys; None in releases without one (until 5.10).
 StaticIndexedLayer = getattr(cache_utils, "StaticIndexedLayer", None)
 
+# PyTorch 2.6 cannot tell an export from a compilation.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
 _PAGING = inspect.signature(getattr(generation, "ContinuousBatchingConfig", object)).parameters
 HAS_PAGED_CACHE = "page_size" in _PAGING  # continuous batching over pages of one layer, since 5.19
 

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from .attention_deepseek import GAPS, INT8_CACHE, STATIC_CACHE, AttentionInput, View
 from .cache_deepseek import IndexedLayer
+from .compat_deepseek import is_exporting
 from .dsa_kernels_deepseek import attend_chosen_latents, index_scores as triton_index_scores
 from .kernels_deepseek import kernels_run_on
 from .layers_deepseek import apply_rotary
@@ -51,6 +53,12 @@ class DeepseekDSA(DeepseekMLA):
     def view(cls, config, tokens: AttentionInput) -> View:
         """What is visible, where there is more than the indexer selects or it learns; else as in MLA."""
         past, has_cache = int(tokens.past_length), tokens.past_key_values is not None
+        if is_exporting() and not statically_known_true(past + tokens.length <= config.index_topk):
+            # a graph has one of the two ways, and ONNX drops the condition
+            raise ValueError(
+                f"an exported graph does not select tokens: {cls.title} can be exported for at most `index_topk` = "
+                f"{config.index_topk} of them. Give the length no more than that, as the maximum of its `torch.export.Dim`."
+            )
         if past + tokens.length <= config.index_topk and not tokens.learns:
             return super().view(config, tokens)
         visible = find_visible_tokens(tokens.attention_mask, tokens.position_ids, past, has_cache)
@@ -127,7 +135,7 @@ class DeepseekDSA(DeepseekMLA):
             VisibleTokens(*attention_mask),  # of tracers that cut a model in layers it comes as a plain tuple
             attend_all=self.config.index_warmup,
             learns=self.training and self.learns(),
-            mesh=getattr(self.kv_b_proj.weight, "device_mesh", None),
+            mesh=getattr(getattr(self.kv_b_proj, "weight", None), "device_mesh", None),
         )
         return self._output(output, hidden_states), None, index_loss
 

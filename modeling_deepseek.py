@@ -53,6 +53,7 @@ from .loading_deepseek import (
     explain_loading_error,
     find_weights,
     ignored_mtp_keys,
+    pop_block_fp8,
     read_config,
     register_expert_conversion,
     settle_experts,
@@ -136,6 +137,8 @@ def kinds_of(config) -> dict[str, type[DeepseekAttention]]:
 class DeepseekDecoderLayer(GradientCheckpointingLayer):
     """h + attention(norm(h)), then h + mlp(norm(h)); the MLP is dense or a mixture of experts."""
 
+    _checkpoints = False
+
     def __init__(self, config, layer_idx: int):
         super().__init__()
         is_mtp = layer_idx >= config.num_hidden_layers
@@ -145,6 +148,16 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
         self.mlp = DeepseekMoE(config, layer_idx) if self.is_sparse else DeepseekMLP(config, config.intermediate_size)
         self.input_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Only while there are gradients: transformers takes the cache from a checkpointed layer, and without one `generate`
+        in training mode would read each new token alone."""
+        return self._checkpoints and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool):
+        self._checkpoints = value
 
     def forward(
         self,
@@ -273,6 +286,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, under the model's own class: with a class that a library substitutes (as FSDP2 does),
         transformers would copy the library's files as model code and name that class in config.json."""
+        if not any(parameter.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) for parameter in self.parameters()):
+            pop_block_fp8(self.config)  # of a published config.json, for weights that are plain
         given = type(self)
         own = next(cls for cls in given.__mro__ if cls.__module__.split(".")[0] not in ("torch", "accelerate"))
         if own is not given:
@@ -353,13 +368,15 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds: [B, S, hidden_size], instead of `input_ids`.
 
         Raises:
-            ValueError: both or none of input_ids and inputs_embeds are given, (on a CPU) a token id is outside the
-                vocabulary, or several documents in a row come with a cache.
+            ValueError: both or none of input_ids and inputs_embeds are given, they hold no tokens, (on a CPU) a token id is outside the
+                vocabulary, several documents in a row come with a cache, or a cache with gradient checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("The input has no tokens; give at least one, such as the beginning-of-sentence token.")
         if attention_mask is None and _restarts(position_ids):
             if past_key_values is not None:
                 raise ValueError(
@@ -367,7 +384,13 @@ class DeepseekModel(DeepseekPreTrainedModel):
                     "would be one text. Leave `past_key_values` out; to say that it is one text, give `attention_mask`."
                 )
             use_cache = False
-        if use_cache and past_key_values is None:
+        checkpoints = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
+        if checkpoints and past_key_values is not None:
+            raise ValueError(
+                "`past_key_values` is given in training with gradient checkpointing, which computes layers twice and would "
+                "fill it twice. Leave it out, or call model.gradient_checkpointing_disable()."
+            )
+        if use_cache and not checkpoints and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             use_growing_layers(past_key_values, self.make_cache_layer, self.config.num_hidden_layers)

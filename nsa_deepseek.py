@@ -21,6 +21,7 @@ from torch import nn
 
 from .attention_deepseek import AttentionInput, DeepseekAttention, View
 from .cache_deepseek import NSACacheLayer
+from .compat_deepseek import is_exporting
 from .kernels_deepseek import kernels_run_on
 from .layers_deepseek import apply_rotary
 from .nsa_kernels_deepseek import (
@@ -697,6 +698,10 @@ class DeepseekNSA(DeepseekAttention):
     @classmethod
     def view(cls, config, tokens: AttentionInput) -> View:
         """The documents instead of a mask."""
+        if is_exporting():
+            raise ValueError(
+                f"{cls.title} cannot be exported: what it computes depends on where documents begin, which a graph cannot look at."
+            )
         past, has_cache = int(tokens.past_length), tokens.past_key_values is not None
         return View(find_documents(tokens.attention_mask, tokens.position_ids, past, has_cache), has_past=past > 0)
 

@@ -136,6 +136,13 @@ def test_ids_and_embeddings_at_once():
             model(**inputs)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tokens(family):
+    model = make_model(family)
+    with pytest.raises(ValueError, match="has no tokens"):
+        model(torch.empty(2, 0, dtype=torch.long))
+
+
 def test_unknown_attention_implementation():
     with pytest.raises(ValueError, match="fastest"):
         DeepseekForCausalLM._from_config(make_config("v3"), attn_implementation="fastest")

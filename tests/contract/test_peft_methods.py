@@ -116,7 +116,6 @@ class SmallGate(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, seen: float, dropout: float):
         super().__init__()
         self.linear, self.seen, self.dropout = linear, seen, torch.nn.Dropout(dropout)
-        self.weight = linear.weight
         self.eval()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:

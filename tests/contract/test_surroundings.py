@@ -94,6 +94,17 @@ def test_accelerate_loads_into_a_live_model_by_the_names_of_the_files(family, tm
 
 @pytest.mark.compatibility("truncated test models")
 @pytest.mark.parametrize("family", MTP)
+def test_plain_weights_are_not_saved_as_fp8(family, tmp_path):
+    """A small model made from a published config, which says FP8, has no scales: other engines would look for them."""
+    model, tokens = make_model(family), make_tokens(2, 12)
+    model.config.quantization_config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(type(model).from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.compatibility("truncated test models")
+@pytest.mark.parametrize("family", MTP)
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_truncated_model_takes_no_layer_for_a_prediction_module(family, num_layers, tmp_path):
     whole, tokens = make_model(family), make_tokens(2, 12)
@@ -556,6 +567,26 @@ def test_a_cache_of_inference_mode_is_continued_outside(family, make):
     assert_close(torch.cat(parts, dim=1), expected[:, 30:], "logits")
 
 
+@pytest.mark.compatibility("`generate` in training with gradient checkpointing")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_generation_in_training_mode_with_gradient_checkpointing(family, reentrant):
+    """As in evaluation, from a cache, which transformers' own layers lose there."""
+    model, tokens = make_model(family), make_tokens(2, 20)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    expected = model.generate(tokens, **settings)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    assert torch.equal(model.generate(tokens, **settings), expected)
+    assert model.is_gradient_checkpointing
+    assert model(tokens, use_cache=True).cache is None
+    passes = []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    model(tokens, labels=tokens).loss.backward()
+    assert len(passes) == 2, "the layer is not computed again for the gradients"
+    with pytest.raises(ValueError, match="`past_key_values` is given in training with gradient checkpointing"):
+        model(tokens, past_key_values=DynamicCache(config=model.config))
+
+
 def native_is_traced() -> bool:
     """Whether this release makes its masks so that they can be traced; 5.6 does not."""
     model = native_llama()
@@ -591,6 +622,29 @@ def test_exported_models(family):
     ).module()
     for tokens in (make_tokens(2, 12, seed=1), make_tokens(2, 40, seed=2)):
         assert_close(exported(tokens, use_cache=False).logits, model(tokens).logits, "logits")
+
+
+@pytest.mark.compatibility("`torch.export`, dynamic length")
+@pytest.mark.parametrize("family", ["v32", "nsa"])
+@torch.no_grad()
+def test_an_export_of_sparse_attention_is_refused(family, refused):
+    """Its example is shorter than what an indexer selects, so the graph would be that of dense attention."""
+    model, length = make_model(family), torch.export.Dim("length", min=2, max=200)
+    with refused(ValueError, match="exported"):
+        torch.export.export(
+            model, (make_tokens(2, 12),), {"use_cache": False}, dynamic_shapes=[{1: length}, None], strict=False
+        )
+
+
+@torch.no_grad()
+def test_an_export_of_as_many_tokens_as_are_selected():
+    model = make_model("v32")
+    length = torch.export.Dim("length", min=2, max=model.config.index_topk)
+    exported = torch.export.export(
+        model, (make_tokens(2, 12),), {"use_cache": False}, dynamic_shapes=[{1: length}, None], strict=False
+    ).module()
+    tokens = make_tokens(2, model.config.index_topk, seed=1)
+    assert_close(exported(tokens, use_cache=False).logits, model(tokens).logits, "logits")
 
 
 class OnlyLogits(torch.nn.Module):
