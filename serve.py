@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     def end_answers() -> None:
         while not server.should_exit:
             time.sleep(0.2)
+        if not errors:
+            print(f"ending; answers that are being written have {SHUTDOWN_SECONDS} s", flush=True)
         time.sleep(SHUTDOWN_SECONDS)
         service.stop()
 
@@ -260,7 +262,7 @@ def load_into(service, args: argparse.Namespace) -> None:
         f"  {how}\n"
         f"  {'with' if args.api_key else 'without'} an API key; Ctrl-C ends it. Chat in a browser at {root}/ or try:\n"
         f"  curl {address}/chat/completions -H 'Content-Type: application/json'{key} "
-        '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
+        '-d \'{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60}\'',
         flush=True,
     )
 

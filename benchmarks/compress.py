@@ -216,7 +216,7 @@ class Bench:
             kept = kept or {i: list(range(keep)) for i in sparse}
             job = Job(output, {"kept": {str(i): experts for i, experts in kept.items()}})
             job.write_shards(source, Pruning(source, kept, resolved, resolved.num_hidden_layers).change, "writing")
-            job.finish(folder, pruned_config(config, keep, 0))
+            job.finish(folder, pruned_config(config, keep, 0), "A pruned model of benchmarks.compress.")
         return output
 
 

@@ -124,6 +124,10 @@ def load(
     check_device(device)
     if adapter is not None:
         check_model_name(adapter, "adapter")
+        if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
+            inside = sorted(Path(adapter).glob("*/adapter_config.json"), reverse=True)
+            hint = f"; {inside[0].parent} has one" if inside else ""
+            raise ValueError(f"{adapter} has no adapter_config.json of an adapter{hint}")
         check_hub(adapter, "adapter_config.json")
         with extra("serve"):
             from peft import PeftConfig, PeftModel

@@ -99,18 +99,24 @@ def write_checkpoint(
     staging.mkdir()
     try:
         _write_weights(source, staging, shard_of, change)
-        for path in belonging(source, ("generation_config.json", "tokenizer_config.json", *TOKENIZER, *LICENCE)):
-            (staging / path).parent.mkdir(exist_ok=True)
-            shutil.copy2(source / path, staging / path)
-        for file in code_files():
-            shutil.copy2(file, staging / file.name)
-        write_json(staging / "config.json", {**config, "auto_map": AUTO_MAP})
-        write_card(staging, what, source, name or output.name)
+        add_all_but_weights(staging, source, config, what, name or output.name)
         refuse_existing(output)
         os.rename(staging, output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def add_all_but_weights(folder: Path, source: Path, config: dict, what: str, name: str):
+    """Makes a checkpoint of a folder with weights: tokenizer and licence of `source`, this repository's code, config.json and
+    a card. The arguments are those of `write_checkpoint`."""
+    for path in belonging(source, ("generation_config.json", "tokenizer_config.json", *TOKENIZER, *LICENCE)):
+        (folder / path).parent.mkdir(exist_ok=True)
+        shutil.copy2(source / path, folder / path)
+    for file in code_files():
+        shutil.copy2(file, folder / file.name)
+    write_json(folder / "config.json", {**config, "auto_map": AUTO_MAP})
+    write_card(folder, what, source, name)
 
 
 def _write_weights(source: Path, folder: Path, shard_of: dict[str, str], change: Change):

@@ -183,7 +183,7 @@ def page(figures: list[Figures], scores: dict) -> str:
         scores: by name of a checkpoint, figures of tasks that tools.evaluate has written.
     """
     files = list(figures[0].bits)
-    header = ["checkpoint", "GB", "parameters, M", "active, M", "ms a token"]
+    header = ["checkpoint", "GB", "parameters without prediction modules, M", "active, M", "ms a token"]
     header += (
         [f"bits per byte, {f}" for f in files] + [f"KL, {f}" for f in files] + [f"same choice, {f}" for f in files]
     )
@@ -199,7 +199,7 @@ def page(figures: list[Figures], scores: dict) -> str:
         for values, form in ((x.kl, ".4f"), (x.agreement, ".1%")):
             numbers += [format(values[f], form) if values else "other tokens" for f in files]
         rows.append([x.name, *numbers])
-    style = "body{font:15px sans-serif;max-width:1200px;margin:2em auto}td,th{border:1px solid #ccc;padding:.3em .6em}"
+    style = "body{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}td,th{border:1px solid #ccc;padding:.3em .6em}"
     style += "table{border-collapse:collapse;display:block;overflow-x:auto}img{max-width:100%}"
     parts = ["<h1>Checkpoints compared</h1>", table(header, rows), image(_draw(figures, files))]
     if scores:

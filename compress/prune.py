@@ -62,6 +62,7 @@ with extra("train"):
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    from common.card import model_name
     from common.costs import Part
     from common.economics import model_parts, mtp_part
     from common.hub import local_folder
@@ -381,7 +382,9 @@ def run(arguments: argparse.Namespace):
         record = pruning_record(arguments.score, calibration, measurement, kept)
         write_json(job.folder / "pruning.json", record)
         write_report(record, job.folder)
-        job.finish(folder, new_config)
+        what = f"{model_name(folder)} with {keep} of {resolved.n_routed_experts} routed experts, chosen by the score "
+        what += f"`{arguments.score}` (`compress.prune`; pruning.json has all scores)."
+        job.finish(folder, new_config, what)
     print(summary(record, arguments.model, arguments.output))
 
 

@@ -46,6 +46,7 @@ with extra("train"):
     import torch.nn.functional as F
     from safetensors import safe_open
 
+    from common.card import model_name
     from common.hub import local_folder
     from common.loading import load_tokenizer
     from common.remote_code import read_config
@@ -180,7 +181,11 @@ def write_fp8(source: Source, config: dict, output: Path):
     job = Job(output, {"model": _digest(source, config), "format": "fp8"})
     with explain_interruption(job.scratch):
         job.write_shards(source, writer.change, "quantising")
-        job.finish(folder, fp8_config(config, source))
+        job.finish(
+            folder,
+            fp8_config(config, source),
+            f"{model_name(folder)} in FP8, blocks of 128 x 128 (`compress.quantise`).",
+        )
 
 
 def write_calibrated(source: Source, config: dict, arguments: argparse.Namespace):
@@ -202,7 +207,8 @@ def write_calibrated(source: Source, config: dict, arguments: argparse.Namespace
         for left in job.folder.iterdir():  # of a run that was interrupted
             left.unlink()
         write_integers(source.folder, job.folder, what["format"], what["method"], calibration)
-        job.finish(source.folder, read_config(job.folder))
+        how = f"{model_name(source.folder)} in {what['format']} by {what['method'].upper()} (`compress.quantise`)."
+        job.finish(source.folder, read_config(job.folder), how)
 
 
 def _read_calibration(folder: Path, config: dict, arguments: argparse.Namespace) -> Calibration:

@@ -21,24 +21,14 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from common.command import no_command
-from common.remote_code import AUTO_MAP, code_files, write_json
-from common.rewrite import refuse_existing
+from common.remote_code import write_json
+from common.rewrite import add_all_but_weights, refuse_existing
 from loading_deepseek import CheckpointFiles
 
 _COPIED_AT_ONCE = 2**24  # bytes
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # all others have 8
 # Files of a checkpoint folder that are weights, or say where they are.
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-)
 
 
 @dataclass(frozen=True)
@@ -158,14 +148,9 @@ class Job:
             index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(new_shard_of.items()))}
             write_json(self.folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
-    def finish(self, source: Path, config: dict):
-        """Adds what is no weight (the source's other files, this repository's code, config.json) and gives it its name."""
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name != "config.json" and not file.name.endswith(_WEIGHT_SUFFIXES):
-                shutil.copy2(file, self.folder / file.name)
-        for file in code_files():
-            shutil.copy2(file, self.folder / file.name)
-        write_json(self.folder / "config.json", {**config, "auto_map": AUTO_MAP})
+    def finish(self, source: Path, config: dict, what: str):
+        """Adds all but the weights, `what` being a sentence for the card, and gives the folder its name."""
+        add_all_but_weights(self.folder, source, config, what, self.output.name)
         refuse_existing(self.output)
         os.rename(self.folder, self.output)
         shutil.rmtree(self.scratch)

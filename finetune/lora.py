@@ -17,6 +17,7 @@ PEFT matches names and says nothing when a name matches no module; `add_lora` co
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,7 +277,9 @@ def check_fits(model: nn.Module, files: AdapterFiles) -> PeftModel:
     made_for = f"the adapter in {files.folder} was made for another model ({files.base})"
     with torch.device("meta"):
         try:
-            empty = get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(files.config))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*was renamed from")  # the empty model has no name
+                empty = get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(files.config))
         except ValueError as error:  # PEFT found no module of the names
             raise ValueError(f"{made_for}: {error}") from error
     state = get_peft_model_state_dict(empty, save_embedding_layers=False)

@@ -44,6 +44,13 @@ def load_model(
     if Path(model_dir).is_dir():
         model_dir = str(Path(model_dir).resolve())  # adapters note where their base is
     config = loading.load_config(model_dir, trust_remote_code)
+    quantised = getattr(config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method == "compressed-tensors":
+        raise ValueError(
+            f"{model_dir} is quantised by {method}, whose weights cannot be trained, nor LoRA merged into them; fine-tune the "
+            "checkpoint that it was made of, and quantise the result with python -m compress.quantise"
+        )
     config.mtp_loss_weight = mtp_loss
     config.aux_loss_alpha = balance_loss
     tokenizer = loading.load_tokenizer(model_dir, trust_remote_code)

@@ -49,6 +49,7 @@ from finetune.trainers import DeepseekTrainerMixin, last_checkpoint, save_result
 
 _SAMPLES = 5  # answers shown before and after
 _ROUTING_ROWS = 64  # held-out examples that the expert load is measured on
+_FEW_HELD_OUT = 20  # examples; a checkpoint chosen by fewer is chosen by chance
 
 
 @dataclass
@@ -181,6 +182,8 @@ def _fine_tune(
         report.samples = _samples(trainer, task_examples or held_out, "after", report.samples)
     report.log = trainer.state.log_history
     report.before, report.after = _first_and_best(report.log, arguments)
+    if kept := _describe_kept(report.after, trainer.state.global_step, arguments.metric_for_best_model, num_held_out):
+        console.print(f"{kept}; {output}/checkpoint-* has the last steps", highlight=False, markup=False)
     report.seconds = time.perf_counter() - started
     if state.is_main_process:
         write_report(report, output)
@@ -372,6 +375,15 @@ def _conversation(messages: list[dict]) -> str:
 def _as_chat(example: dict) -> dict:
     """Of a preference, the preferred conversation; everything else as it is."""
     return {"messages": [*example["prompt"], *example["chosen"]]} if "chosen" in example else example
+
+
+def _describe_kept(best: dict, last_step: int, metric: str, num_held_out: int) -> str:
+    """What to know where the result is not the last step's; else nothing."""
+    step = best.get("step", last_step)
+    if step == last_step:
+        return ""
+    few = ", few to choose by" if num_held_out < _FEW_HELD_OUT else ""
+    return f"the result is step {step} of {last_step}, the best by {metric} on {num_held_out} held-out examples{few}"
 
 
 def _first_and_best(log: list[dict], arguments) -> tuple[dict, dict]:

@@ -388,6 +388,10 @@ class PretrainingData:
         """The id that opens every document."""
         return self.index["bos_token_id"]
 
+    def passes(self, steps: int) -> dict[str, float]:
+        """How often `steps` optimizer steps go through the rows of each language."""
+        return {name: steps * quota / len(self.rows[name]) for name, quota in self.quotas.items() if quota}
+
     def batch(self, step: int) -> torch.Tensor:
         """Token ids of the rows of optimizer step `step` (from 0), [B, S], int64, languages interleaved."""
         rows = [

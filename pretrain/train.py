@@ -35,6 +35,7 @@ OPTIMIZERS = ("adamw", "muon")  # of pretrain/optimizers.py
 SCHEDULES = ("wsd", "cosine")
 STARTS = ("random", "weights")
 DSA_STAGES = ("warmup", "sparse")
+MANY_PASSES = 4  # through a text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -507,7 +508,7 @@ def _run_training(args: argparse.Namespace, precision: str) -> None:
         set_dsa_stage(model, args.dsa_stage, args.row_tokens)
     if precision == "bf16":
         model.set_experts_implementation("grouped_mm")  # autocast then casts all experts at once, not one by one
-    for note in find_surprises(args, model, data.index["vocab_size"]):
+    for note in find_surprises(args, model, data):
         accelerator.print(f"note: {note}")
     description = describe_run(args, accelerator, model, precision)
     if args.compile:
@@ -543,9 +544,17 @@ def _run_training(args: argparse.Namespace, precision: str) -> None:
     accelerator.end_training()
 
 
-def find_surprises(args: argparse.Namespace, model: PreTrainedModel, vocab_size: int) -> list[str]:
-    """What works and is hardly meant: rows of the vocabulary that no text has, a rate that is never reached."""
-    notes = []
+def find_surprises(args: argparse.Namespace, model: PreTrainedModel, data: PretrainingData) -> list[str]:
+    """What works and is hardly meant: rows of the vocabulary that no text has, a rate that is never reached, text that is
+    read again and again."""
+    notes, vocab_size = [], data.index["vocab_size"]
+    passes = data.passes(args.steps)
+    language = max(passes, key=lambda name: passes[name])
+    if passes[language] > MANY_PASSES:
+        notes.append(
+            f"--steps {args.steps} goes {passes[language]:.0f} times through the text of {language!r}; beyond about "
+            f"{MANY_PASSES} times new text teaches more (arXiv:2305.16264)"
+        )
     unused = model.config.vocab_size - vocab_size
     if unused:
         matrices = 1 if model.config.tie_word_embeddings else 2

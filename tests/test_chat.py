@@ -551,6 +551,15 @@ def test_damaged_adapters_are_errors(adapter, damage, named, capsys):
     assert str(folder) in capsys.readouterr().err.replace("\n", "")
 
 
+def test_the_folder_above_an_adapter_names_the_adapter(adapter, tmp_path, capsys):
+    _, folder = adapter
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "final")
+    assert program.main(["--adapter", str(run), "--prompt", "Hi"]) == 1
+    assert f"{run / 'final'} has one" in capsys.readouterr().err.replace("\n", "")
+
+
 # ---------------------------------------------------------------- a text that is read once
 
 MANUAL = "Turn the key 3 times. 你好 <｜User｜>\n" * 2

@@ -144,7 +144,9 @@ def list_files(folder: Path, exclude: list[str], include: list[str] = ()) -> lis
     kept = [path for path in all_files(folder) if path in taken or _matches(path, include)]
     kept = [path for path in kept if not _matches(path, exclude)]
     if not kept:
-        raise ValueError(f"{folder} has no files to upload; --exclude is {exclude}.")
+        inside = [file.parent for file in sorted(folder.glob("*/*.safetensors"), reverse=True)]
+        hint = f"{inside[0]} has some" if inside else "name a model's or an adapter's folder"
+        raise ValueError(f"{folder} has no files to upload{f', without {exclude}' if exclude else ''}; {hint}.")
     return kept
 
 
@@ -822,7 +824,8 @@ def main(argv: list[str] | None = None, api: HfApi | None = None) -> int:
         return run(args, console, HfApi() if api is None else api)
     except (ValueError, OSError, RuntimeError, HfHubHTTPError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-        print(f"error: {error}{cause}\nRun the same command again to go on with an upload.", file=sys.stderr)
+        again = "" if isinstance(error, ValueError) else "\nRun the same command again to go on with an upload."
+        print(f"error: {error}{cause}{again}", file=sys.stderr)
         return 2
 
 

@@ -159,7 +159,7 @@ def prune_folder(folder, output, keep: int, score_name: str = "reap", **settings
     source = rewrite.Source(folder)
     job = rewrite.Job(output, {})
     job.write_shards(source, prune.Pruning(source, kept, model.config, model.num_layers).change, "writing")
-    job.finish(folder, prune.pruned_config(config, keep, model.config.num_nextn_predict_layers))
+    job.finish(folder, prune.pruned_config(config, keep, model.config.num_nextn_predict_layers), "Pruned.")
     return kept
 
 

@@ -17,7 +17,7 @@ from torch.nn import Linear, ModuleDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from finetune import evaluate, sft, trainers
+from finetune import evaluate, run, sft, trainers
 from finetune.config import SFTOptions, make_options
 from finetune.data import IGNORED_LABEL, read_examples, render_all, write_jsonl
 from finetune.evaluate import answer_all, greedy_answers, main as evaluate_main, score
@@ -498,3 +498,22 @@ def test_the_example_script_trains_and_merges(chat_checkpoint, files):
     ids = torch.arange(3, 19)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_result_that_is_not_the_last_step_says_so():
+    said = run._describe_kept({"step": 24}, 75, "eval_loss", 2)
+    assert said == "the result is step 24 of 75, the best by eval_loss on 2 held-out examples, few to choose by"
+    assert "few" not in run._describe_kept({"step": 24}, 75, "eval_loss", 200)
+    assert run._describe_kept({"step": 75}, 75, "eval_loss", 200) == run._describe_kept({}, 75, "eval_loss", 0) == ""
+
+
+def test_integers_of_llm_compressor_are_refused_with_the_remedy(checkpoint):
+    folder = checkpoint("v3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(
+            {**config, "quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}}
+        )
+    )
+    with pytest.raises(ValueError, match=r"compressed-tensors, whose weights cannot be trained.* compress\.quantise"):
+        load_model(str(folder))

@@ -377,8 +377,19 @@ def test_surprises_are_said(workspace, checkpoint, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"vocab_size is {VOCAB_SIZE + 7} and the data's tokenizer has {VOCAB_SIZE} tokens: 448 parameters" in shown
     assert "--steps 2 ends inside the warm-up of 2 steps" in shown
+    assert "times through the text" not in shown
     assert "en 2 rows, zh 2 rows" in shown
     assert "next: " in shown
+
+
+def test_text_that_is_read_many_times_is_said(workspace):
+    data = PretrainingData(workspace / "data", 32, 4, None)
+    once = min(len(rows) // data.quotas[name] for name, rows in data.rows.items())
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=data.index["vocab_size"]))
+    for steps, said in ((once, False), (10 * once, True)):
+        args = SimpleNamespace(steps=steps, warmup_steps=0, schedule="cosine")
+        notes = train.find_surprises(args, model, data)
+        assert any("times through the text of" in note for note in notes) == said
 
 
 def test_the_bar_names_its_numbers():

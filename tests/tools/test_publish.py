@@ -285,6 +285,15 @@ def test_result_files_of_another_form_are_refused(tmp_path, content):
 # ---------------------------------------------------------------- upload
 
 
+def test_the_folder_above_a_model_names_the_model(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "final")
+    assert publish.main([str(run), "--dry-run"]) == 2
+    shown = capsys.readouterr().err
+    assert f"{run / 'final'} has some" in shown
+    assert "again" not in shown
+
+
 def test_dry_run_shows_the_files_and_touches_nothing(folder, hub, results, monkeypatch, capsys):
     before = contents(folder)
     assert send(hub, folder, "--dry-run", "--results", str(results), monkeypatch=monkeypatch) == 0
