@@ -74,7 +74,7 @@ HELP = """\
 /stats               what the last answer took, the context and the cache
 /save FILE           write the chat as JSON
 /load FILE           go on with a saved chat
-/exit                leave, as does Ctrl-D
+/exit, /quit         leave, as does Ctrl-D
 
 Ctrl-C stops an answer and keeps the chat. A line of three quotation marks
 (\""") begins a text of several lines, another one ends it. A text that begins
@@ -101,7 +101,7 @@ class Terminal:
             try:
                 text = self._read_text()
                 if text.startswith("/") and not text.startswith("//"):
-                    if text.split()[0] == "/exit":
+                    if text.split()[0] in ("/exit", "/quit"):
                         return
                     self._obey(text)
                 elif text.strip():
@@ -195,7 +195,11 @@ class Terminal:
                 if not argument:
                     raise ValueError(f"{name} needs a file")
                 path = Path(argument).expanduser()
-                chat.save(path) if name == "/save" else chat.load(path)
+                try:
+                    chat.save(path) if name == "/save" else chat.load(path)
+                except OSError as error:
+                    verb = "written" if name == "/save" else "read"
+                    raise ValueError(f"{path} cannot be {verb}: {error.strerror or error}") from error
                 if name == "/load":
                     self.show_loaded()
                 self._note(f"{len(chat.messages)} messages {'saved to' if name == '/save' else 'from'} {path}")

@@ -237,7 +237,8 @@ def build_dataset(
             if held_out_bytes < min_held_out_bytes:
                 raise ValueError(
                     f"language {language!r} has {held_out_bytes} held-out bytes, fewer than --min-held-out-bytes "
-                    f"{min_held_out_bytes}; raise --held-out-fraction (now {held_out_fraction}), lower "
+                    f"{min_held_out_bytes}; raise --held-out-fraction (now {held_out_fraction}; "
+                    "tokenization.train_bpe must get the same one, else the tokenizer has seen the held-out text), lower "
                     "--min-held-out-bytes, or add files; a .txt is one document, which corpus.split cuts into many"
                 )
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

@@ -131,7 +131,7 @@ class Chat:
         if room < 1:
             raise ValueError(
                 f"the chat with this text has {len(ids)} tokens, and the model reads {self.context} with its answer. "
-                "Shorten the text, or make room: /drop forgets the oldest turn, /clear all of them"
+                "Shorten the text, or in a chat make room: /drop forgets the oldest turn, /clear all of them"
             )
         self.stats = Stats(prompt_tokens=len(ids), ended="interrupted")
         pieces: list[Piece] = []

@@ -281,7 +281,8 @@ def test_cache_bytes(make_chat):
         ("/retry", "nothing to answer again"),
         ("/drop x", "'x'"),
         ("/save", "needs a file"),
-        ("/load /nowhere/at/all", "nowhere"),
+        ("/save /nowhere/at/all", "/nowhere/at/all cannot be written: No such file or directory"),
+        ("/load /nowhere/at/all", "/nowhere/at/all cannot be read: No such file or directory"),
         ("\ud800", "surrogate"),
     ],
 )
