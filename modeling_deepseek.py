@@ -65,7 +65,7 @@ from .nsa_deepseek import BlockCompressor, DeepseekNSA
 from .nsa_kernels_deepseek import compressed_attention  # noqa: F401
 from .prefix_deepseek import Prefix  # noqa: F401
 from .selection_deepseek import rank_places  # noqa: F401
-from .spans_deepseek import Span  # noqa: F401
+from .spans_deepseek import restarts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -168,9 +168,8 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
     ) -> LayerOutput:
         """hidden_states [B, S, hidden_size]; token_mask bool [B, S], which tokens are real; token_ids int64 [B, S], where the
         model was given ids; the rest goes to the attention"""
-        stream = hidden_states
-        attended, _, index_loss = self.self_attn(self.input_layernorm(self.residual.read(stream)), **kwargs)
-        stream = self.residual.write(stream, attended)
+        attended, _, index_loss = self.self_attn(self.input_layernorm(self.residual.read(hidden_states)), **kwargs)
+        stream = self.residual.write(hidden_states, attended)
         normed = self.post_attention_layernorm(self.residual.read(stream))
         if not self.is_sparse:
             return LayerOutput(self.residual.write(stream, self.mlp(normed)), index_loss=index_loss)
@@ -377,7 +376,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds = self._embed(input_ids)
         if inputs_embeds.shape[1] == 0:
             raise ValueError("The input has no tokens; give at least one, such as the beginning-of-sentence token.")
-        if attention_mask is None and _restarts(position_ids):
+        if attention_mask is None and restarts(position_ids):
             if past_key_values is not None:
                 raise ValueError(
                     "`position_ids` start again within a row: these are documents that do not see each other, and a cache "
@@ -530,13 +529,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 f"{self.embed_tokens.num_embeddings}: allowed are 0 to {self.embed_tokens.num_embeddings - 1}. Use "
                 "the checkpoint's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
             ) from error
-
-
-def _restarts(position_ids: torch.Tensor | None) -> bool:
-    """Whether positions [B or 1, S] do not go on by one somewhere: several documents in a row. Compilers cannot look."""
-    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
-        return False
-    return bool((position_ids.diff(dim=-1) != 1).any())
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):

@@ -128,3 +128,10 @@ def find_visible_tokens(
     begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # [B or 1, S]
     slots = torch.arange(length, device=position_ids.device)
     return VisibleTokens(total, None, (slots * begins).cummax(dim=1).values)
+
+
+def restarts(position_ids: torch.Tensor | None) -> bool:
+    """Whether positions [B or 1, S] do not go on by one somewhere: several documents in a row. Compilers cannot look."""
+    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return False
+    return bool((position_ids.diff(dim=-1) != 1).any())
