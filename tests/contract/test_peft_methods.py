@@ -58,6 +58,8 @@ def trained(model, config, noise: float):
 
 
 def adapted(family: str, method: str, noise: float):
+    if method == "ADAMSS":
+        pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs scikit-learn, which lm_eval brings")
     config = CONFIGS[method](task_type="CAUSAL_LM", target_modules=["kv_b_proj"], **SIZES.get(method, {}))
     return trained(make_model(family), config, noise)
 
