@@ -4,6 +4,7 @@ in chunks with a progress bar, prefixes that are kept on disk, an int8 cache, co
 Shape letters: B batch.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -40,6 +41,14 @@ class DeepseekGenerationMixin(_Generation):
         config.use_mtp = None  # transformers' own loop is for one row and one fixed layer number
         config.mtp_tokens = None if config.is_assistant else mtp_tokens
         return config, model_kwargs
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE_NAME in inputs:
+            # by its older name, by which PEFT's virtual tokens look for it: else they would come before each new token
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
+        return inputs
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args, **kwargs):
         name = generation_config.cache_implementation
