@@ -98,6 +98,11 @@ class DeepseekRotaryEmbedding(nn.Module):
         # transformers fills both again after loading on the meta device
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    @classmethod
+    def from_config(cls, config) -> "DeepseekRotaryEmbedding":
+        """The table of a model that has one."""
+        return cls(config.rope_parameters, config.head_dim, config.max_position_embeddings)
+
     def _apply(self, fn, recurse=True):
         """Follows a model to another device, not to another dtype: rounded frequencies turn far positions wrongly."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}

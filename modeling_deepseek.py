@@ -337,9 +337,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.layer_kinds = config.attention_kinds  # the names, as the layers were built
         self.attention_kinds = kinds_of(config)
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = DeepseekRotaryEmbedding(
-            config.rope_parameters, config.head_dim, config.max_position_embeddings
-        )
+        self.rotary_emb = DeepseekRotaryEmbedding.from_config(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -367,8 +365,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds: [B, S, hidden_size], instead of `input_ids`.
 
         Raises:
-            ValueError: both or none of input_ids and inputs_embeds are given, they hold no tokens, (on a CPU) a token id is outside the
-                vocabulary, several documents in a row come with a cache, or a cache with gradient checkpointing.
+            ValueError: both or none of input_ids and inputs_embeds are given, they hold no tokens, (on a CPU) a token id
+                is outside the vocabulary, or a cache comes with several documents in a row or gradient checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")

@@ -3,9 +3,10 @@
     python -m benchmarks.profile_decode
     python -m benchmarks.profile_decode --against OTHER_CHECKOUT      # and how much faster than its code this one is
 
-A prompt of 512 tokens, then 64 more, no option given; "compiled" is the same model with a static cache and a `compile_config`.
-A token's time is that of the 64 without the first, which is the prompt's; the time of each kind of module is without that of the modules in it, taken in turns of their own, since taking
-it costs time. What `generate` does outside the model is the rest. Writes benchmarks/results/profile_decode.json.
+A prompt of 512 tokens, then 64 more, no option given; "compiled" is the same model with a static cache and a
+`compile_config`. A token's time is that of the 64 without the first, which is the prompt's; the time of each kind of module is
+without that of the modules in it, taken in turns of their own, since taking it costs time. What `generate` does outside the
+model is the rest. Writes runs/benchmarks/profile_decode.json.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, interleave, write_results
+from common.command import run_command
 from common.machine import describe_machine
 
 PROMPT, NEW = 512, 64
@@ -128,4 +130,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from common.extras import extra
 from common.hub import check_hub
-from common.names import check_model_name
+from common.names import check_model_name, folder_below
 from common.remote_code import AUTO_MAP
 from configuration_deepseek import FAMILY_DEFAULTS
 
@@ -125,8 +125,8 @@ def load(
     if adapter is not None:
         check_model_name(adapter, "adapter")
         if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-            inside = sorted(Path(adapter).glob("*/adapter_config.json"), reverse=True)
-            hint = f"; {inside[0].parent} has one" if inside else ""
+            below = folder_below(adapter, "adapter_config.json")
+            hint = f"; {below} has one" if below else ""
             raise ValueError(f"{adapter} has no adapter_config.json of an adapter{hint}")
         check_hub(adapter, "adapter_config.json")
         with extra("serve"):

@@ -1,4 +1,4 @@
-"""Says at once that a model's folder does not exist, before torch is imported and before anyone asks the Hub."""
+"""Names of folders and models that are wrong, said at once: before torch is imported and before anyone asks the Hub."""
 
 import re
 from pathlib import Path
@@ -22,3 +22,11 @@ def check_model_name(name: str | Path, option: str = "--model") -> None:
         raise FileNotFoundError(
             f"{option} {name}: there is no such folder; name a folder, or a model on the Hub as OWNER/NAME"
         )
+
+
+def folder_below(folder: str | Path, pattern: str) -> Path | None:
+    """A folder in `folder` that has a file of the pattern, as a run keeps its result in "final"; None where there is none.
+
+    Of several the last by name. For messages about a folder that has no such file itself.
+    """
+    return max((file.parent for file in Path(folder).glob(f"*/{pattern}")), default=None)

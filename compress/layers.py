@@ -61,9 +61,7 @@ class LayerByLayer:
             self._skeleton = new_model(self.config)
         self.files.check(self._skeleton, shapes=True, whole=True)
         rotary = type(self._skeleton.model.rotary_emb)
-        self._skeleton.model.rotary_emb = rotary(
-            self.config.rope_parameters, self.config.head_dim, self.config.max_position_embeddings
-        ).to(self.device)
+        self._skeleton.model.rotary_emb = rotary.from_config(self.config).to(self.device)
         self._skeleton.eval()
         self._exact = self._skeleton._keep_in_fp32_modules_strict  # parts of names
         chosen = default_dtype(self.config, device) if dtype is None else dtype

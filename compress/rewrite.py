@@ -28,7 +28,6 @@ from loading_deepseek import CheckpointFiles
 _COPIED_AT_ONCE = 2**24  # bytes
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # all others have 8
-# Files of a checkpoint folder that are weights, or say where they are.
 
 
 @dataclass(frozen=True)

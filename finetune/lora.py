@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from common.command import no_command
+from common.names import folder_below
 
 # Names inside a decoder layer; those of the attention say its layers. The routed experts are parameters, not modules, and
 # need PEFT's `target_parameters`.
@@ -252,9 +253,11 @@ class AdapterFiles:
         self.path = self.folder / "adapter_model.safetensors"
         for path in (self.folder / "adapter_config.json", self.path):
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} does not exist; name a folder that a LoRA run or PEFT's save_pretrained wrote"
+                below = folder_below(folder, path.name)
+                remedy = (
+                    f"{below} has one" if below else "name a folder that a LoRA run or PEFT's save_pretrained wrote"
                 )
+                raise FileNotFoundError(f"{path} does not exist; {remedy}")
         self.config = PeftConfig.from_pretrained(str(folder))
         self.base = self.config.base_model_name_or_path
         try:

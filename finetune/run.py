@@ -34,7 +34,7 @@ from transformers import (
     is_wandb_available,
 )
 
-from common.command import no_command
+from common.command import INTERRUPTED, no_command, one_line_errors
 from common.launch import join_processes
 from common.outputs import has_files, only_run_in
 from finetune.callbacks import LogOften, ProgressBar, RouterBiasCallback, refuse_data_parallel
@@ -194,6 +194,7 @@ def _fine_tune(
     return trainer.accelerator.unwrap_model(trainer.model), tokenizer, report
 
 
+@one_line_errors
 def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] | None) -> int:
     """Read the options, run, and report the user's errors in one line; returns the exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")  # to each other
@@ -203,10 +204,7 @@ def command(prog: str, schema: type, run: Callable[[Any], Any], argv: list[str] 
         run(options)
     except KeyboardInterrupt:
         print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return INTERRUPTED
     if PartialState().is_main_process:
         print(f"result in {options.output}/final, report in {options.output}/report.html")
         if getattr(options, "method", "lora") == "full":

@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from common.command import check_early, run_command
 from common.extras import extra
+from common.names import folder_below
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,8 +145,8 @@ def list_files(folder: Path, exclude: list[str], include: list[str] = ()) -> lis
     kept = [path for path in all_files(folder) if path in taken or _matches(path, include)]
     kept = [path for path in kept if not _matches(path, exclude)]
     if not kept:
-        inside = [file.parent for file in sorted(folder.glob("*/*.safetensors"), reverse=True)]
-        hint = f"{inside[0]} has some" if inside else "name a model's or an adapter's folder"
+        below = folder_below(folder, "*.safetensors")
+        hint = f"{below} has some" if below else "name a model's or an adapter's folder"
         raise ValueError(f"{folder} has no files to upload{f', without {exclude}' if exclude else ''}; {hint}.")
     return kept
 

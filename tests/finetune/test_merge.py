@@ -124,6 +124,8 @@ def test_mistakes_leave_nothing_behind(checkpoint, tmp_path, capsys):
     assert _main(base, adapter, output) == 2
     assert "name a folder that a LoRA run" in capsys.readouterr().err
     _adapter(base, adapter)
+    assert _main(base, adapter.parent, output) == 2  # the folder above it
+    assert f"{adapter} has one" in capsys.readouterr().err
     assert _main(checkpoint("llama"), adapter, output) == 2
     assert "made for another model" in capsys.readouterr().err
     assert _main(tmp_path, adapter, output) == 2
