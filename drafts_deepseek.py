@@ -40,6 +40,7 @@ from transformers.generation.logits_process import (
 from .attention_deepseek import GAPS
 from .cache_deepseek import move_tokens, take_back
 from .compat_deepseek import CACHE_NAME, cache_field
+from .linear_deepseek import project
 
 # Processors that look at the scores of a place and at nothing else, so that all places may go in one call.
 _PLACE_WISE = (
@@ -223,7 +224,7 @@ class Drafter:
     def _draft(self, k: int, state: torch.Tensor, choose, number: int) -> torch.Tensor:
         """state [B, D] -> embeddings [B, D] of the tokens drafted from it"""
         module = self.model.model.layers[self.model.config.num_hidden_layers + k]
-        tokens = choose(number, self.model.lm_head(module.shared_head.norm(state)))
+        tokens = choose(number, project(self.model.lm_head, module.shared_head.norm(state)))
         return self.model.get_input_embeddings()(tokens)
 
 
@@ -574,7 +575,7 @@ class Speculation:
         return self.model.get_input_embeddings()(tokens.to(self.model.device))
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(states).to(self.ids.device, torch.float32)
+        return project(self.model.lm_head, states).to(self.ids.device, torch.float32)
 
 
 def _draw(weights: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from .compat_deepseek import is_exporting
 from .dsa_kernels_deepseek import attend_chosen_latents, index_scores as triton_index_scores
 from .kernels_deepseek import kernels_run_on
 from .layers_deepseek import apply_rotary
+from .linear_deepseek import project
 from .mla_deepseek import DeepseekMLA
 from .selection_deepseek import gather_tokens, rank_places, ranked_places
 from .spans_deepseek import VisibleTokens, find_visible_tokens
@@ -203,7 +204,9 @@ class LightningIndexer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> IndexStates:
         """hidden_states [B, S, hidden_size], query_latent [B, S, q_lora_rank], cos and sin [B, S, Dr/2]"""
-        query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, S, D]
+        query = (
+            project(self.wq_b, query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        )  # [B, H, S, D]
         query = self._rotate(query, position_embeddings).transpose(1, 2)  # [B, S, H, D]
         weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()  # [B, S, H]
         weights = weights * (self.num_heads * self.head_dim) ** -0.5
@@ -213,7 +216,7 @@ class LightningIndexer(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """hidden_states [B, S, hidden_size] -> keys [B, S, D], one for all heads"""
-        projected = self.wk(hidden_states)
+        projected = project(self.wk, hidden_states)
         key = self.k_norm(projected.to(self.k_norm.weight.dtype)).to(projected.dtype)  # [B, S, D]
         return self._rotate(key[:, None], position_embeddings)[:, 0]
 

@@ -23,6 +23,7 @@ from .attention_deepseek import (
 )
 from .compat_deepseek import create_masks_for_generate, update_paged_cache
 from .layers_deepseek import apply_rotary
+from .linear_deepseek import project
 
 
 class DeepseekGQA(DeepseekAttention):
@@ -67,9 +68,9 @@ class DeepseekGQA(DeepseekAttention):
         """hidden_states [B, S, hidden_size] -> the same shape, probabilities [B, H, S, T] where the kernel has them, and
         no index loss"""
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, S, D]
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, K, S, D]
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # [B, K, S, D]
+        query = project(self.q_proj, hidden_states).view(heads).transpose(1, 2)  # [B, H, S, D]
+        key = project(self.k_proj, hidden_states).view(heads).transpose(1, 2)  # [B, K, S, D]
+        value = project(self.v_proj, hidden_states).view(heads).transpose(1, 2)  # [B, K, S, D]
         query, key = (apply_rotary(states, *position_embeddings, layout="half") for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, T, D]
@@ -87,4 +88,4 @@ class DeepseekGQA(DeepseekAttention):
             **kwargs,
         )
         output = output.reshape(*hidden_states.shape[:2], -1)  # vLLM's comes as [B * S, H * D]
-        return self.o_proj(output), probs, None
+        return project(self.o_proj, output), probs, None

@@ -13,6 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .linear_deepseek import project
+
 
 class DeepseekRMSNorm(nn.Module):
     """x * weight / sqrt(mean(x^2) + eps), computed in float32, returned in the input's dtype."""
@@ -43,7 +45,8 @@ class DeepseekMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> [..., hidden_size]"""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(self.gate_proj, hidden_states), project(self.up_proj, hidden_states)
+        return project(self.down_proj, self.act_fn(gate) * up)
 
 
 class Residual:

@@ -38,6 +38,7 @@ from .attention_deepseek import (
 from .cache_deepseek import LatentLayer
 from .compat_deepseek import create_masks_for_generate
 from .layers_deepseek import DeepseekRMSNorm, apply_rotary, yarn_softmax_factor
+from .linear_deepseek import count_threads, project
 
 _BLOCK_BYTES = 64 * 2**20  # scores held at once while a long past is expanded block by block
 _PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # dtypes of weights that are not quantised
@@ -202,15 +203,15 @@ class DeepseekMLA(DeepseekAttention):
         """What queries are made of: the states [B, S, hidden_size], or query latents [B, S, q_lora_rank]"""
         if self.q_lora_rank is None:
             return hidden_states
-        return self.q_a_layernorm(self.q_a_proj(hidden_states))
+        return self.q_a_layernorm(project(self.q_a_proj, hidden_states))
 
     def _project(self, hidden_states, query_input, position_embeddings) -> tuple[torch.Tensor, ...]:
         """-> q_nope [B, H, S, Dn], q_rope [B, H, S, Dr], latent [B, 1, S, C], k_rope [B, 1, S, Dr]; the latter have a head
         axis for the cache layers"""
-        query = self.q_proj(query_input) if self.q_lora_rank is None else self.q_b_proj(query_input)
+        query = project(self.q_proj if self.q_lora_rank is None else self.q_b_proj, query_input)
         query = query.view(*query_input.shape[:2], -1, self.qk_head_dim).transpose(1, 2)  # [B, H, S, Dn + Dr]
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]  # [B, 1, S, C + Dr]
+        compressed = project(self.kv_a_proj_with_mqa, hidden_states)[:, None]  # [B, 1, S, C + Dr]
         latent, k_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         with_position = torch.cat((q_rope, k_rope), dim=1)  # [B, H + 1, S, Dr]
         with_position = apply_rotary(with_position, *position_embeddings, layout=self.rope_layout)
@@ -240,7 +241,7 @@ class DeepseekMLA(DeepseekAttention):
 
     def _output(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, S, H, Dv], from vLLM [B * S, H * Dv] -> [B, S, hidden_size]"""
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1))
+        return project(self.o_proj, output.reshape(*hidden_states.shape[:2], -1))
 
     def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, 1, S, C], [B, 1, S, Dr] -> keys [B, H, S, Dn + Dr], values [B, H, S, Dv]"""
@@ -470,11 +471,6 @@ def _per_head(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product.view(-1, batch, length, weight.shape[-1]).transpose(0, 1)
 
 
-@torch.compiler.assume_constant_result
-def _count_threads() -> int:
-    return torch.get_num_threads()
-
-
 def attend_side_by_side(
     query: torch.Tensor, entries: torch.Tensor, mask: torch.Tensor | None, value_width: int
 ) -> torch.Tensor:
@@ -493,7 +489,7 @@ def attend_side_by_side(
     """
     query = query.to(entries.dtype)  # under autocast they differ
     batch, num_keys, width = entries.shape
-    parts = min(_count_threads(), num_keys, max(1, query[0].numel() * num_keys // _PART_PRODUCTS))
+    parts = min(count_threads(), num_keys, max(1, query[0].numel() * num_keys // _PART_PRODUCTS))
     even = num_keys - num_keys % parts
     if mask is not None and mask.dtype == torch.bool:
         # not -inf: a part may hide all its keys

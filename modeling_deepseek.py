@@ -46,6 +46,7 @@ from .generation_deepseek import DeepseekGenerationMixin
 from .gqa_deepseek import DeepseekGQA
 from .kernels_deepseek import kernels_run_on  # noqa: F401
 from .layers_deepseek import DeepseekMLP, DeepseekRMSNorm, DeepseekRotaryEmbedding, Residual
+from .linear_deepseek import project
 from .loading_deepseek import (
     CheckpointFiles,
     check_checkpoint,
@@ -209,7 +210,7 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
     ) -> LayerOutput:
         """hidden_states h^(k-1) and next_embeds, each [B, S, hidden_size] -> h^k and the rest of a decoder layer's"""
         joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)  # [B, S, 2 * hidden_size]
-        return super().forward(self.eh_proj(joined), **kwargs)
+        return super().forward(project(self.eh_proj, joined), **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -575,7 +576,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekGenerationMixin):
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, positions])  # [B, S or kept, vocab_size]
+        logits = project(self.lm_head, outputs.last_hidden_state[:, positions])  # [B, S or kept, vocab_size]
 
         loss = lm_loss = mtp_loss = None
         aux_loss, index_loss = outputs.aux_loss, outputs.index_loss

@@ -20,8 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from transformers.utils.generic import maybe_autocast
 
 from .layers_deepseek import DeepseekMLP
-
-_FEW_TOKENS = 32  # up to this many tokens, experts run with the fewest operations
+from .linear_deepseek import FEW_ROWS, compiles_few_rows, linear
 
 # ---------------------------------------------------------------------------------------------------------------
 # Routing: scores -> selection -> weights
@@ -130,7 +129,7 @@ class DeepseekRouter(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, D], ids int64 [N] -> logits float32 [N, E], weights float32 [N, P], indices int64 [N, P]"""
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())  # [N, E]
+            logits = linear(hidden_states.float(), self.weight.float())  # [N, E]
         scores = self.score(logits)
         indices = self.select(scores.detach(), self, token_ids)  # [N, P]
         weights = scores.gather(-1, indices)  # [N, P]
@@ -219,19 +218,21 @@ class DeepseekExperts(nn.Module):
         if torch.jit.is_tracing():  # as for compilers; a trace of the loop would keep the experts of its example
             return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, hidden_states, top_k_index, top_k_weights)
         if torch.compiler.is_compiling():  # the loop below depends on the data, which cannot be one graph
-            name = "batched_mm" if torch.onnx.is_in_onnx_export() else "grouped_mm"  # which ONNX does not have
+            # ONNX has no grouped product; of a batched one with few rows Inductor makes loops that copy no weights
+            batched = torch.onnx.is_in_onnx_export() or compiles_few_rows(hidden_states)
+            name = "batched_mm" if batched else "grouped_mm"
             return ALL_EXPERTS_FUNCTIONS[name](self, hidden_states, top_k_index, top_k_weights)
         num_tokens, top_k = top_k_index.shape
         # Once, not at each use: under LoRA each access to a parameter builds base + update for all experts.
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # [E, 2F, D], [E, D, F]
-        if num_tokens <= _FEW_TOKENS:
+        if num_tokens <= FEW_ROWS:
             return self._run_few(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
         # At once, too: in training each indexing makes a gradient as large as all experts.
         gate_up_proj, down_proj = gate_up_proj.unbind(), down_proj.unbind()  # E of [2F, D], [D, F]
 
         def run(expert: int, rows: torch.Tensor) -> torch.Tensor:  # [n, D] -> [n, D]
-            gate, up = F.linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
-            return F.linear(self.act_fn(gate) * up, down_proj[expert])
+            gate, up = linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
+            return linear(self.act_fn(gate) * up, down_proj[expert])
 
         order = top_k_index.flatten().argsort(stable=True)  # [N * P]; slots of other processes come last
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()[: self.num_experts]
@@ -257,20 +258,20 @@ class DeepseekExperts(nn.Module):
         order = torch.tensor([slot for _, slot in slots], device=hidden_states.device)
         token = order // top_k
         inputs = hidden_states[token].split(tuple(counts.values()))  # [n, D] each
-        inner = torch.cat([F.linear(rows, gate_up_proj[e]) for rows, e in zip(inputs, counts, strict=True)])
+        inner = torch.cat([linear(rows, gate_up_proj[e]) for rows, e in zip(inputs, counts, strict=True)])
         gate, up = inner.chunk(2, dim=-1)  # [slots, F] each
         # The weights come before the projection, which is linear.
         inner = (self.act_fn(gate) * up * top_k_weights.flatten()[order, None]).split(tuple(counts.values()))
-        outputs = torch.cat([F.linear(rows, down_proj[e]) for rows, e in zip(inner, counts, strict=True)])
+        outputs = torch.cat([linear(rows, down_proj[e]) for rows, e in zip(inner, counts, strict=True)])
         # under autocast the products have another dtype
         return torch.zeros_like(hidden_states).index_add_(0, token, outputs.to(hidden_states.dtype))
 
     def _run_one(self, hidden_states, chosen: list[int], top_k_weights, gate_up_proj, down_proj) -> torch.Tensor:
         """The same for one token, all of whose experts are here: nothing to sort."""
-        inner = torch.cat([F.linear(hidden_states, gate_up_proj[e]) for e in chosen])  # [P, 2F]
+        inner = torch.cat([linear(hidden_states, gate_up_proj[e]) for e in chosen])  # [P, 2F]
         gate, up = inner.chunk(2, dim=-1)  # [P, F] each
         inner = (self.act_fn(gate) * up * top_k_weights.T).split(1)  # P of [1, F]
-        outputs = torch.cat([F.linear(row, down_proj[e]) for row, e in zip(inner, chosen, strict=True)])  # [P, D]
+        outputs = torch.cat([linear(row, down_proj[e]) for row, e in zip(inner, chosen, strict=True)])  # [P, D]
         return outputs.sum(dim=0, keepdim=True).to(hidden_states.dtype)
 
 

@@ -24,6 +24,7 @@ from .cache_deepseek import NSACacheLayer
 from .compat_deepseek import is_exporting
 from .kernels_deepseek import kernels_run_on
 from .layers_deepseek import apply_rotary
+from .linear_deepseek import project
 from .nsa_kernels_deepseek import (
     attend_gathered as triton_attend_gathered,
     compressed_attention as triton_compressed_attention,
@@ -738,7 +739,9 @@ class DeepseekNSA(DeepseekAttention):
             )
 
         def heads(projection: nn.Linear) -> torch.Tensor:
-            return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, S, D]
+            return (
+                project(projection, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            )  # [B, H or K, S, D]
 
         def rotate(states: torch.Tensor) -> torch.Tensor:
             return apply_rotary(states, *position_embeddings, layout="half")
@@ -753,7 +756,7 @@ class DeepseekNSA(DeepseekAttention):
             output = self._attend_new(*tokens, attention_mask)
         else:
             output = self._attend_cached(*tokens, attention_mask, past_key_values)
-        return self.o_proj(output.transpose(1, 2).flatten(2)), None, None
+        return project(self.o_proj, output.transpose(1, 2).flatten(2)), None, None
 
     def _compress(self, key: torch.Tensor, value: torch.Tensor):
         """Keys and values of tokens, [B, K, T, D] each -> compressed ones, [B, K, num_compressed(T), D] each"""

@@ -133,6 +133,17 @@ def test_a_compile_config_compiles_the_step_on_cpus_too(family):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.compatibility("`generate`, compiled by Inductor on a CPU")
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
+def test_compiled_on_a_cpu(family, rows):
+    """Products of few rows are other ones there."""
+    model, prompt = make_model(family), make_tokens(rows, 12)
+    torch.compiler.reset()
+    options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True), **SETTINGS}
+    assert torch.equal(model.generate(prompt, **options), plain_greedy(model, prompt))
+
+
 @pytest.mark.compatibility("`generate`, compiled, static cache")
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])

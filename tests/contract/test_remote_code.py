@@ -23,12 +23,13 @@ from transformers import (
 
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*_deepseek.py"))}
 THIRD_PARTY = {"torch", "transformers", "safetensors"}  # the last one is in every installation of transformers
-KINDS = {"attention_deepseek", "cache_deepseek", "layers_deepseek"}
+KINDS = {"attention_deepseek", "cache_deepseek", "layers_deepseek", "linear_deepseek"}
 SPARSE = {"kernels_deepseek", "selection_deepseek", "spans_deepseek"}
 # Who may import whom, beyond torch, transformers and the standard library.
 ALLOWED = {
     "configuration_deepseek": set(),
-    "layers_deepseek": set(),
+    "layers_deepseek": {"linear_deepseek"},
+    "linear_deepseek": {"compat_deepseek"},
     "cache_deepseek": {"compat_deepseek"},
     "compat_deepseek": set(),
     "spans_deepseek": set(),
@@ -36,7 +37,7 @@ ALLOWED = {
     "kernels_deepseek": set(),
     "loading_deepseek": set(),
     "losses_deepseek": set(),
-    "moe_deepseek": {"layers_deepseek"},
+    "moe_deepseek": {"layers_deepseek", "linear_deepseek"},
     "generation_deepseek": {
         "attention_deepseek",
         "cache_deepseek",
@@ -44,7 +45,7 @@ ALLOWED = {
         "drafts_deepseek",
         "prefix_deepseek",
     },
-    "drafts_deepseek": {"attention_deepseek", "cache_deepseek", "compat_deepseek"},
+    "drafts_deepseek": {"attention_deepseek", "cache_deepseek", "compat_deepseek", "linear_deepseek"},
     "prefix_deepseek": set(),
     # kinds of attention: what all share, what some share, each kind and its own kernels
     "attention_deepseek": {"cache_deepseek", "compat_deepseek"},

@@ -19,7 +19,7 @@ def plain_attention(query, entries, mask, value_width):
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("worth_a_thread", [1, 2**16])
 def test_equals_plain_attention(monkeypatch, num_keys, threads, worth_a_thread):
-    monkeypatch.setattr(mla_deepseek, "_count_threads", lambda: threads)
+    monkeypatch.setattr(mla_deepseek, "count_threads", lambda: threads)
     monkeypatch.setattr(mla_deepseek, "_PART_PRODUCTS", worth_a_thread)
     query = torch.randn(2, 6, 20) / 4
     entries = torch.randn(2, 1500, 20)[:, :num_keys]  # rows further apart than they are long, as in a cache
