@@ -137,11 +137,13 @@ def test_a_compile_config_compiles_the_step_on_cpus_too(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_compiled_on_a_cpu(family, rows):
-    """Products of few rows are other ones there."""
-    model, prompt = make_model(family), make_tokens(rows, 12)
+    """Products of few rows are other ones there. The second length makes the compiler take lengths as variables."""
+    model = make_model(family)
     torch.compiler.reset()
     options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True), **SETTINGS}
-    assert torch.equal(model.generate(prompt, **options), plain_greedy(model, prompt))
+    for length in (12, 19, 33):
+        prompt = make_tokens(rows, length)
+        assert torch.equal(model.generate(prompt, **options), plain_greedy(model, prompt))
 
 
 @pytest.mark.compatibility("`generate`, compiled, static cache")
