@@ -26,7 +26,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.extras import extra
 from common.names import check_model_name
 from common.settings import Settings
@@ -254,7 +254,7 @@ def answer_once(chat: "Chat", text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line. Settings that are not given are None, so that those of a loaded chat stay."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="chat.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="chat.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--prompt",
         nargs="+",

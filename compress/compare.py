@@ -19,12 +19,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.compare", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m compress.compare", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "models", nargs="+", help="checkpoints, folders or names on the Hub; the first is the reference"
     )
@@ -45,6 +45,8 @@ check_early(__name__, lambda: build_parser().parse_args())
 with extra("train"):
     import torch
     from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from transformers import DynamicCache, PreTrainedModel
 
     from common.costs import Part
@@ -201,7 +203,7 @@ def page(figures: list[Figures], scores: dict) -> str:
         rows.append([x.name, *numbers])
     style = "body{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}td,th{border:1px solid #ccc;padding:.3em .6em}"
     style += "table{border-collapse:collapse;display:block;overflow-x:auto}img{max-width:100%}"
-    parts = ["<h1>Checkpoints compared</h1>", table(header, rows), image(_draw(figures, files))]
+    parts = ["<h1>Checkpoints compared</h1>", table(header, rows), image(png(draw(figures, files)))]
     if scores:
         parts.append(f"<h2>Tasks</h2><pre>{html.escape(json.dumps(scores, indent=1, ensure_ascii=False))}</pre>")
     return (
@@ -211,19 +213,32 @@ def page(figures: list[Figures], scores: dict) -> str:
     )
 
 
-def _draw(figures: list[Figures], files: list[str]) -> bytes:
+def draw(figures: list[Figures], files: list[str]) -> Figure:
+    """Bits per byte over size: a colour a text, a number a checkpoint, since names would run into each other."""
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for file in files:
-        points = axis.plot([x.disk_bytes / 1e9 for x in figures], [x.bits[file] for x in figures], "o", label=file)
-        best = best_front([(x.disk_bytes / 1e9, x.bits[file]) for x in figures])
-        axis.plot(*zip(*best, strict=True), color=points[0].get_color(), linewidth=1)
-    for x in figures:
-        axis.annotate(Path(x.name).name, (x.disk_bytes / 1e9, x.bits[files[0]]), fontsize="small")
+    sizes = [x.disk_bytes / 1e9 for x in figures]
+    for number, file in enumerate(files):
+        bits = [x.bits[file] for x in figures]
+        axis.plot(
+            *zip(*best_front(list(zip(sizes, bits, strict=True))), strict=True),
+            color=f"C{number}",
+            label=file,
+            linewidth=1,
+        )
+        for place, point in enumerate(zip(sizes, bits, strict=True), start=1):
+            axis.plot(*point, marker=f"${place}$", markersize=9, color=f"C{number}")
     axis.set_xlabel("weights on disk, GB")
     axis.set_ylabel("bits per byte")
     axis.grid(alpha=0.3)
-    axis.legend()
-    return png(figure)
+    names = [
+        Line2D(
+            [], [], marker=f"${place}$", markersize=9, color="black", linestyle="", label=Path(x.name).resolve().name
+        )
+        for place, x in enumerate(figures, start=1)
+    ]
+    lines = axis.get_legend_handles_labels()[0]
+    figure.legend(handles=[*names, *lines], loc="outside right upper", fontsize="small")
+    return figure
 
 
 def best_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

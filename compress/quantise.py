@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 FORMATS = ("fp8", "int8", "int4")
@@ -26,7 +26,7 @@ METHODS = ("gptq", "awq")  # of int8 and int4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.quantise", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m compress.quantise", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="fp8", help="what to write (%(default)s)")

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.merge", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m finetune.merge", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder or Hub name of the base model")
     parser.add_argument("--adapter", type=Path, required=True, help="folder with a LoRA adapter or an ESFT result")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")

@@ -17,7 +17,7 @@ matplotlib.use("Agg")  # no display on training machines
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.outputs import refuse_existing
 
 
@@ -147,7 +147,7 @@ DRAWINGS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.plot", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.plot", description=__doc__.partition("\n")[0])
     parser.add_argument("log", type=Path, help="log.jsonl of a training run")
     parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
     parser.add_argument("--overwrite", action="store_true", help="replace figures that lie there")

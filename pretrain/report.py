@@ -11,7 +11,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from pretrain.plot import draw_all, read_log
 
 CAPTIONS = {
@@ -134,7 +134,7 @@ def _figure(path: Path) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="--run-dir of pretrain.train")
     return parser
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # it runs by its path too, from any folder
 
-from common.command import one_line_errors, run_command  # noqa: E402
+from common.command import Parser, one_line_errors, run_command  # noqa: E402
 from common.remote_code import AUTO_MAP, code_files, read_config, write_json  # noqa: E402
 
 BACKUP = ".before_remote_code"
@@ -84,9 +84,7 @@ def remove(folder: Path) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog="Weights and tokenizer files are never touched."
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="Weights and tokenizer files are never touched.")
     parser.add_argument("checkpoint_dir", type=Path, help="folder with config.json and weights")
     parser.add_argument(
         "--from", dest="repository", metavar="OWNER/NAME", help="use the code of this repository on the Hub, copy none"

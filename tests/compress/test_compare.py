@@ -1,5 +1,6 @@
 """compress.compare: figures against direct calculation, and what is refused."""
 
+import itertools
 import json
 import math
 
@@ -8,6 +9,7 @@ import tiny
 import tiny_chat
 import torch
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
+from matplotlib.text import Text
 from transformers import AutoTokenizer
 
 from compress import compare
@@ -56,6 +58,26 @@ def test_figures(models, texts, tmp_path):
 def test_front():
     points = [(3.0, 1.0), (1.0, 2.0), (2.0, 2.5), (4.0, 0.5), (1.0, 3.0)]
     assert compare.best_front(points) == [(1.0, 2.0), (3.0, 1.0), (4.0, 0.5)]
+
+
+def test_nothing_in_the_picture_overlaps():
+    """Though checkpoints are alike in size and loss, and their names long."""
+    figures = [
+        compare.Figures(
+            f"runs/a-checkpoint-with-a-long-name-{i}", 10**9 + i, 1, 1, 1, {"en": 2 + i / 1000, "zh": 1.5}, None, None
+        )
+        for i in range(8)
+    ]
+    figure = compare.draw(figures, ["en", "zh"])
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert len(boxes) > 12
+    for first, second in itertools.combinations(boxes, 2):
+        assert not first.overlaps(second)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [*(f"a-checkpoint-with-a-long-name-{i}" for i in range(8)), "en", "zh"]
+    inside = figure.axes[0].get_window_extent()
+    assert not any(inside.overlaps(text.get_window_extent()) for text in figure.legends[0].get_texts())
 
 
 def test_refusals(models, texts, tmp_path, capsys):
