@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def page(figures: list[Figures], scores: dict) -> str:
         [f"bits per byte, {f}" for f in files] + [f"KL, {f}" for f in files] + [f"same choice, {f}" for f in files]
     )
     rows = []
-    for x in figures:
+    for place, x in enumerate(figures, start=1):
         numbers = [
             f"{x.disk_bytes / 1e9:.4g}",
             f"{x.parameters / 1e6:.1f}",
@@ -200,7 +201,7 @@ def page(figures: list[Figures], scores: dict) -> str:
         numbers += [f"{x.bits[f]:.4f}" for f in files]
         for values, form in ((x.kl, ".4f"), (x.agreement, ".1%")):
             numbers += [format(values[f], form) if values else "other tokens" for f in files]
-        rows.append([x.name, *numbers])
+        rows.append([f"{place} {x.name}", *numbers])
     style = "body{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}td,th{border:1px solid #ccc;padding:.3em .6em}"
     style += "table{border-collapse:collapse;display:block;overflow-x:auto}img{max-width:100%}"
     parts = ["<h1>Checkpoints compared</h1>", table(header, rows), image(png(draw(figures, files)))]
@@ -214,31 +215,37 @@ def page(figures: list[Figures], scores: dict) -> str:
 
 
 def draw(figures: list[Figures], files: list[str]) -> Figure:
-    """Bits per byte over size: a colour a text, a number a checkpoint, since names would run into each other."""
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    sizes = [x.disk_bytes / 1e9 for x in figures]
-    for number, file in enumerate(files):
-        bits = [x.bits[file] for x in figures]
-        axis.plot(
-            *zip(*best_front(list(zip(sizes, bits, strict=True))), strict=True),
-            color=f"C{number}",
-            label=file,
-            linewidth=1,
-        )
-        for place, point in enumerate(zip(sizes, bits, strict=True), start=1):
-            axis.plot(*point, marker=f"${place}$", markersize=9, color=f"C{number}")
-    axis.set_xlabel("weights on disk, GB")
-    axis.set_ylabel("bits per byte")
-    axis.grid(alpha=0.3)
-    names = [
-        Line2D(
-            [], [], marker=f"${place}$", markersize=9, color="black", linestyle="", label=Path(x.name).resolve().name
-        )
-        for place, x in enumerate(figures, start=1)
-    ]
-    lines = axis.get_legend_handles_labels()[0]
-    figure.legend(handles=[*names, *lines], loc="outside right upper", fontsize="small")
+    """Bits per byte over size, a panel a text. Checkpoints have numbers there, since names would run into each other."""
+    figure, axes = plt.subplots(
+        len(files), sharex=True, squeeze=False, figsize=(9, 1 + 3 * len(files)), layout="constrained"
+    )
+    names = [f"{place} {Path(x.name).resolve().name}" for place, x in enumerate(figures, start=1)]
+    figure.legend([Line2D([], []) for _ in names], names, handlelength=0, handletextpad=0, loc="outside right upper")
+    points = {file: [(x.disk_bytes / 1e9, x.bits[file]) for x in figures] for file in files}
+    for axis, file in zip(axes[:, 0], files, strict=True):
+        axis.plot(*zip(*points[file], strict=True), "o")
+        axis.plot(*zip(*best_front(points[file]), strict=True), color="C0", linewidth=1)
+        axis.set_ylabel(f"bits per byte, {file}")
+        axis.margins(0.1, 0.2)
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("weights on disk, GB")
+    figure.canvas.draw()  # now it is known where points lie on the page
+    for axis, file in zip(axes[:, 0], files, strict=True):
+        for point, numbers in _side_by_side(axis.transData.transform(points[file])).items():
+            label = ", ".join(str(number + 1) for number in numbers)
+            axis.annotate(label, points[file][point], xytext=(4, 4), textcoords="offset points")
     return figure
+
+
+def _side_by_side(
+    places: Iterable[tuple[float, float]], width: float = 50, height: float = 18
+) -> dict[int, list[int]]:
+    """Points so near each other, in pixels, that they share a label: the number of the first -> those of all."""
+    places, groups = list(places), {}
+    for number, (x, y) in enumerate(places):
+        near = (n for n in groups if abs(places[n][0] - x) < width and abs(places[n][1] - y) < height)
+        groups.setdefault(next(near, number), []).append(number)
+    return groups
 
 
 def best_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
