@@ -49,7 +49,7 @@ with extra("train"):
     from common.card import model_name
     from common.hub import local_folder
     from common.loading import load_tokenizer
-    from common.remote_code import read_config
+    from common.remote_code import quant_method, read_config
     from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.integers import write_integers
@@ -144,10 +144,8 @@ def run(arguments: argparse.Namespace):
     """
     folder = local_folder(arguments.model)
     config = read_config(folder)
-    if (quantization := config.get("quantization_config")) is not None:
-        raise ValueError(
-            f"{folder} is quantised already, by {quantization.get('quant_method')!r}; name the checkpoint it was made from."
-        )
+    if (method := quant_method(config)) is not None:
+        raise ValueError(f"{folder} is quantised already, by {method!r}; name the checkpoint it was made from.")
     refuse_existing(arguments.output)
     source = Source(folder)
     if arguments.format == "fp8":
