@@ -9,7 +9,7 @@ import sys
 import pytest
 from checks import ROOT
 
-from common.command import Parser, run_command
+from common.command import Parser, one_line_errors, run_command
 
 PACKAGES = ("compress", "corpus", "finetune", "pretrain", "tokenization", "tools")
 SCRIPTS = ("add_remote_code", "try_loading")  # run by their paths, without this repository's packages
@@ -183,6 +183,21 @@ def test_names_that_stand_in_two_places_are_the_same():
     assert config.TARGETS == lora.TARGETS
     assert tuple(scores.SCORES) == prune.SCORES
     assert train.OPTIMIZERS == optimizers.OPTIMIZERS
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, ModuleNotFoundError, FloatingPointError])
+def test_what_the_user_can_mend_is_one_line(kind, capsys):
+    @one_line_errors
+    def main():
+        raise kind("what is wrong")
+
+    assert main() == 2
+    assert capsys.readouterr() == ("", "error: what is wrong\n")
+
+
+def test_mistakes_of_the_program_keep_their_traceback():
+    with pytest.raises(KeyError):
+        one_line_errors(lambda: {}["x"])()
 
 
 def test_ctrl_c_is_no_traceback(capsys):
