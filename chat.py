@@ -26,7 +26,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.extras import extra
 from common.names import check_model_name
 from common.settings import Settings
@@ -254,7 +254,7 @@ def answer_once(chat: "Chat", text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line. Settings that are not given are None, so that those of a loaded chat stay."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="chat.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="chat.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--prompt",
         nargs="+",
@@ -343,7 +343,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.prefix is not None and (args.system is not None or args.load is not None):
             raise ValueError("--prefix has a system message of its own; leave --system and --load away")
         prompt = read_prompt(args.prompt)
-        print(f"loading {args.model or args.adapter or 'the model of this repository'} ...", file=sys.stderr)
+        base = args.model or ("the adapter's base model" if args.adapter else "the model of this repository")
+        adapter = f" with the adapter {args.adapter}" if args.adapter else ""
+        print(f"loading {base}{adapter} ...", file=sys.stderr)
         chat = load_chat(args, settings, tools)
         if args.prefix is not None:
             chat.load_prefix(args.prefix)
@@ -361,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     parameters = sum(parameter.numel() for parameter in chat.model.parameters())
     console.print(
-        f"{chat.model.config.name_or_path}: {parameters / 1e6:,.1f} million parameters, reads {chat.context:,} tokens. "
+        f"{chat.model.config.name_or_path}{adapter}: {parameters / 1e6:,.1f} million parameters, reads {chat.context:,} tokens. "
         "/help lists the commands.",
         highlight=False,
         markup=False,

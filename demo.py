@@ -11,14 +11,14 @@ import time
 import warnings
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="demo.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--model",
         default=str(Path(__file__).parent),

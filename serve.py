@@ -26,7 +26,7 @@ import threading
 import time
 from contextlib import suppress
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.extras import extra
 
 API_KEY_VARIABLE = "SERVE_API_KEY"
@@ -38,7 +38,7 @@ SHUTDOWN_SECONDS = 10  # for answers that are being written when the server is t
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="serve.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     model = parser.add_argument_group("the model")
     model.add_argument("--model", help="folder or Hub name (default: the adapter's base model, or this repository)")
     model.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on the model")

@@ -1,4 +1,6 @@
-"""What all command lines have in common: how they end.
+"""What all command lines have in common: how they read options, and how they end.
+
+parser = Parser(prog="python -m tools.plan")
 
 @one_line_errors
 def main(argv=None) -> int: ...
@@ -7,10 +9,12 @@ if __name__ == "__main__":
     run_command(main)
 """
 
+import argparse
+import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 WRONG_USE = 2
@@ -18,8 +22,40 @@ INTERRUPTED = 130  # exit codes as shells give them: 128 + the signal's number
 READER_GONE = 141
 
 
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """ "; did you mean X?" or nothing. A name from YAML may be a number."""
+    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Proposes the nearest option for one that it does not know."""
+
+    def unknown(self, argument: str) -> str:
+        """What to say of an argument that no option takes."""
+        return f"unknown argument {argument!r}{did_you_mean(argument.partition('=')[0], self._option_string_actions)}"
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse, but a misspelt option is named before the ones that are missing: it may be one of them."""
+        given = sys.argv[1:] if args is None else list(args)
+        options = given[: given.index("--")] if "--" in given else given
+        for argument in options:
+            name = argument.partition("=")[0]
+            # argparse takes what has a blank for a value
+            if name.startswith("--") and " " not in argument and not self._is_known(name):
+                self.error(self.unknown(argument))
+        return super().parse_args(given, namespace)
+
+    def _is_known(self, name: str) -> bool:
+        known = self._option_string_actions
+        return name in known or (self.allow_abbrev and any(option.startswith(name) for option in known))
+
+
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorator of `main`: what its user can mend (ValueError, OSError) becomes one line on standard error and exit code 2."""
+    """Decorator of `main`: what its user can mend becomes one line on standard error and exit code 2.
+
+    That is a ValueError or OSError, an ImportError (a library is missing) or a FloatingPointError (a loss is not finite).
+    """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -27,7 +63,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
             return main(*args, **kwargs)
         except BrokenPipeError:  # an OSError, which `run_command` ends without a word
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return WRONG_USE
 

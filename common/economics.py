@@ -10,6 +10,7 @@ import numpy as np
 
 from common.costs import GQACosts, Part, attention_costs, matrix, vector
 from common.hardware import DEFAULT_ROW, GPU, GPUS, MEASURED
+from common.remote_code import quant_method
 from configuration_deepseek import DeepseekConfig
 
 # ---------------------------------------------------------------- parameters
@@ -129,7 +130,7 @@ def cache_bytes_read(config: DeepseekConfig, context: int, bits: float = 16) -> 
 
 def default_weight_bits(config: DeepseekConfig) -> int:
     """8 for a checkpoint that is stored in FP8, else 16."""
-    return 8 if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8" else 16
+    return 8 if quant_method(config) == "fp8" else 16
 
 
 def decoding_floor(

@@ -9,6 +9,9 @@ With `trust_remote_code` the Auto classes decide instead, and may run the checkp
 """
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -148,12 +151,21 @@ def load(
     if adapter is not None:
         cached_file(adapter, "adapter_model.safetensors")  # an OSError if there is none: PEFT would read a pickle then
         try:
-            loaded = PeftModel.from_pretrained(loaded, adapter)
+            with peft_without_noise():
+                loaded = PeftModel.from_pretrained(loaded, adapter)
         except Exception as error:  # PEFT's are of many types
             raise ValueError(f"{adapter} is damaged, or no adapter for {model}: {error}") from error
     if damaged := _not_numbers(loaded):
         raise ValueError(f"{adapter or model} has weights that are no numbers (NaN or infinite): {_listed(damaged)}")
     return loaded, tokenizer
+
+
+@contextmanager
+def peft_without_noise() -> Iterator[None]:
+    """Around what puts an adapter on a model: PEFT 0.21 asks transformers by a deprecated name, which no user can mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def check_device(device: str | None) -> None:

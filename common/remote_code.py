@@ -20,6 +20,21 @@ def code_files() -> list[Path]:
     return sorted(ROOT.glob("*_deepseek.py"))
 
 
+def quant_method(config) -> str | None:
+    """By which method a checkpoint is quantised, for instance "fp8"; None for plain weights.
+
+    Args:
+        config: a config.json as a dict, or the config that transformers makes of it.
+    """
+    fields = config if isinstance(config, dict) else vars(config)
+    quantization = fields.get("quantization_config")
+    if quantization is None:
+        return None
+    fields = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = fields.get("quant_method") or "a method without a name"
+    return getattr(method, "value", method)  # transformers' objects have an Enum there
+
+
 def read_config(folder: Path) -> dict:
     """The folder's config.json.
 

@@ -121,8 +121,10 @@ def add_all_but_weights(folder: Path, source: Path, config: dict, what: str, nam
 
 def _write_weights(source: Path, folder: Path, shard_of: dict[str, str], change: Change):
     new_shard_of, total_size = {}, 0
-    with tqdm(total=len(shard_of), unit="tensor", desc=f"writing {len(set(shard_of.values()))} shards") as progress:
-        for shard in sorted(set(shard_of.values())):
+    shards = sorted(set(shard_of.values()))
+    files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+    with tqdm(total=len(shard_of), unit="tensor", desc=f"writing {files}") as progress:
+        for shard in shards:
             tensors = {}
             with safe_open(source / shard, framework="pt") as file:
                 metadata = file.metadata()

@@ -38,7 +38,7 @@ class Calibration:
         rows: where each row lies in `ids`.
         source: int64 [N], the number of the token's file.
         names: the files.
-        languages: of each file, "Chinese" or "other".
+        languages: of each file, "Chinese" or "not Chinese": more is not told apart.
     """
 
     ids: torch.Tensor
@@ -61,10 +61,7 @@ def read_calibration(
         ValueError: a file is of another kind, a record is malformed, or a file has no text.
     """
     check_paths(list(paths))
-    if tokens < 1 or context_tokens < 2:
-        raise ValueError(
-            f"--tokens is {tokens} and --context-tokens {context_tokens}; there must be at least 1 and 2 of them."
-        )
+    check_counts(tokens, context_tokens)
     rows, sources, languages = [], [], []
     for number, path in enumerate(paths):
         examples = list(_pieces(path, context_tokens * _CHARACTERS_A_TOKEN))
@@ -82,10 +79,18 @@ def read_calibration(
                 budget -= len(row)
         if not any(int(source[0]) == number for source in sources):
             raise ValueError(f"calibration file {path} gives no tokens; give it text, or leave it out.")
-        languages.append("Chinese" if han >= _HAN_SHARE * characters else "other")
+        languages.append("Chinese" if han >= _HAN_SHARE * characters else "not Chinese")
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
     spans = [slice(end - len(row), end) for end, row in zip(ends, rows, strict=True)]
     return Calibration(torch.cat(rows), spans, torch.cat(sources), _short_names(paths), languages)
+
+
+def check_counts(tokens: int, context_tokens: int):
+    """ValueError for numbers that leave no row to read."""
+    if tokens < 1 or context_tokens < 2:
+        raise ValueError(
+            f"--tokens is {tokens} and --context-tokens {context_tokens}; there must be at least 1 and 2 of them."
+        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config):

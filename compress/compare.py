@@ -16,15 +16,16 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.compare", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m compress.compare", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "models", nargs="+", help="checkpoints, folders or names on the Hub; the first is the reference"
     )
@@ -45,6 +46,8 @@ check_early(__name__, lambda: build_parser().parse_args())
 with extra("train"):
     import torch
     from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from transformers import DynamicCache, PreTrainedModel
 
     from common.costs import Part
@@ -188,7 +191,7 @@ def page(figures: list[Figures], scores: dict) -> str:
         [f"bits per byte, {f}" for f in files] + [f"KL, {f}" for f in files] + [f"same choice, {f}" for f in files]
     )
     rows = []
-    for x in figures:
+    for place, x in enumerate(figures, start=1):
         numbers = [
             f"{x.disk_bytes / 1e9:.4g}",
             f"{x.parameters / 1e6:.1f}",
@@ -198,10 +201,10 @@ def page(figures: list[Figures], scores: dict) -> str:
         numbers += [f"{x.bits[f]:.4f}" for f in files]
         for values, form in ((x.kl, ".4f"), (x.agreement, ".1%")):
             numbers += [format(values[f], form) if values else "other tokens" for f in files]
-        rows.append([x.name, *numbers])
+        rows.append([f"{place} {x.name}", *numbers])
     style = "body{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}td,th{border:1px solid #ccc;padding:.3em .6em}"
     style += "table{border-collapse:collapse;display:block;overflow-x:auto}img{max-width:100%}"
-    parts = ["<h1>Checkpoints compared</h1>", table(header, rows), image(_draw(figures, files))]
+    parts = ["<h1>Checkpoints compared</h1>", table(header, rows), image(png(draw(figures, files)))]
     if scores:
         parts.append(f"<h2>Tasks</h2><pre>{html.escape(json.dumps(scores, indent=1, ensure_ascii=False))}</pre>")
     return (
@@ -211,19 +214,38 @@ def page(figures: list[Figures], scores: dict) -> str:
     )
 
 
-def _draw(figures: list[Figures], files: list[str]) -> bytes:
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for file in files:
-        points = axis.plot([x.disk_bytes / 1e9 for x in figures], [x.bits[file] for x in figures], "o", label=file)
-        best = best_front([(x.disk_bytes / 1e9, x.bits[file]) for x in figures])
-        axis.plot(*zip(*best, strict=True), color=points[0].get_color(), linewidth=1)
-    for x in figures:
-        axis.annotate(Path(x.name).name, (x.disk_bytes / 1e9, x.bits[files[0]]), fontsize="small")
-    axis.set_xlabel("weights on disk, GB")
-    axis.set_ylabel("bits per byte")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    return png(figure)
+def draw(figures: list[Figures], files: list[str]) -> Figure:
+    """Bits per byte over size, a panel a text. Checkpoints have numbers there, since names would run into each other."""
+    figure, axes = plt.subplots(
+        len(files), sharex=True, squeeze=False, figsize=(9, 1 + 3 * len(files)), layout="constrained"
+    )
+    names = [f"{place} {Path(x.name).resolve().name}" for place, x in enumerate(figures, start=1)]
+    figure.legend([Line2D([], []) for _ in names], names, handlelength=0, handletextpad=0, loc="outside right upper")
+    points = {file: [(x.disk_bytes / 1e9, x.bits[file]) for x in figures] for file in files}
+    for axis, file in zip(axes[:, 0], files, strict=True):
+        axis.plot(*zip(*points[file], strict=True), "o")
+        axis.plot(*zip(*best_front(points[file]), strict=True), color="C0", linewidth=1)
+        axis.set_ylabel(f"bits per byte, {file}")
+        axis.margins(0.1, 0.2)
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("weights on disk, GB")
+    figure.canvas.draw()  # now it is known where points lie on the page
+    for axis, file in zip(axes[:, 0], files, strict=True):
+        for point, numbers in _side_by_side(axis.transData.transform(points[file])).items():
+            label = ", ".join(str(number + 1) for number in numbers)
+            axis.annotate(label, points[file][point], xytext=(4, 4), textcoords="offset points")
+    return figure
+
+
+def _side_by_side(
+    places: Iterable[tuple[float, float]], width: float = 50, height: float = 18
+) -> dict[int, list[int]]:
+    """Points so near each other, in pixels, that they share a label: the number of the first -> those of all."""
+    places, groups = list(places), {}
+    for number, (x, y) in enumerate(places):
+        near = (n for n in groups if abs(places[n][0] - x) < width and abs(places[n][1] - y) < height)
+        groups.setdefault(next(near, number), []).append(number)
+    return groups
 
 
 def best_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

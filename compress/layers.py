@@ -15,6 +15,7 @@ from torch import nn
 
 from common.command import no_command
 from common.loading import load_config, new_model
+from common.remote_code import quant_method
 from compress.scores import Visits
 from loading_deepseek import CheckpointFiles, default_dtype, dequantised_state_dict, pop_block_fp8
 
@@ -50,8 +51,7 @@ class LayerByLayer:
         present = self.files.count_mtp_modules(self.config.num_hidden_layers)
         self.config.num_nextn_predict_layers = min(self.config.num_nextn_predict_layers, present)
         block_size = pop_block_fp8(self.config)
-        if (quantization := getattr(self.config, "quantization_config", None)) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if (method := quant_method(self.config)) is not None:
             raise ValueError(
                 f"{folder} is quantised by {method!r}, which is not read layer by layer; prune the checkpoint it was made "
                 "from, and quantise the result."

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 SCORES = ("reap", "man", "msan", "easy-ep", "frequency")  # as compress.scores has them
@@ -28,7 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.prune", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m compress.prune", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
     parser.add_argument("--output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--keep", required=True, help="experts that stay: a number, or a fraction of all such as 0.75")
@@ -66,10 +66,10 @@ with extra("train"):
     from common.costs import Part
     from common.economics import model_parts, mtp_part
     from common.hub import local_folder
-    from common.loading import load_tokenizer
+    from common.loading import check_device, load_tokenizer
     from common.remote_code import read_config, write_json
     from common.rewrite import refuse_existing, resolve_config
-    from compress.calibration import Calibration, check_tokenizer, read_calibration
+    from compress.calibration import Calibration, check_counts, check_tokenizer, read_calibration
     from compress.layers import LayerByLayer
     from compress.report import write_report
     from compress.rewrite import (
@@ -331,6 +331,12 @@ def run(arguments: argparse.Namespace):
     Raises:
         ValueError, OSError: what the arguments name cannot be pruned like this; the message says why.
     """
+    if not arguments.dry_run:
+        if arguments.output is None or not arguments.calibration:
+            raise ValueError("--output and --calibration are missing; only a --dry-run does without.")
+        refuse_existing(arguments.output)
+    check_counts(arguments.tokens, arguments.context_tokens)
+    check_device(arguments.device)
     folder = local_folder(arguments.model)
     config = read_config(folder)
     resolved = resolve_config(config)
@@ -340,14 +346,12 @@ def run(arguments: argparse.Namespace):
     new_config, num_layers = pruned_config(config, keep, mtp_modules), resolved.num_hidden_layers + mtp_modules
     any_kept = choose(torch.zeros(resolved.n_routed_experts), keep, resolved.n_group)
     sketch = Pruning(source, dict.fromkeys(sparse_layers(resolved, mtp_modules), any_kept), resolved, num_layers)
-    print(size_table(source, sketch, config, new_config))
+    sizes = size_table(source, sketch, config, new_config)
     if left_out := sketch.left_out():
-        print(f"left out: layers {left_out} of the files, which config.json does not count")
+        sizes += f"\nleft out: layers {left_out} of the files, which config.json does not count"
     if arguments.dry_run:
+        print(sizes)
         return
-    if arguments.output is None or not arguments.calibration:
-        raise ValueError("--output and --calibration are missing; only a --dry-run does without.")
-    refuse_existing(arguments.output)
     check_space(arguments.output, sum(tensor.nbytes for tensor in sketch.tensors()))
 
     tokenizer = load_tokenizer(arguments.tokenizer or folder)
@@ -367,6 +371,7 @@ def run(arguments: argparse.Namespace):
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     job = Job(arguments.output, what)
+    print(sizes)  # all that was given is known to be right
     if job.goes_on:
         print(f"going on with {job.scratch}")
     with explain_interruption(job.scratch):

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 FORMATS = ("fp8", "int8", "int4")
@@ -26,7 +26,7 @@ METHODS = ("gptq", "awq")  # of int8 and int4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.quantise", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m compress.quantise", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="fp8", help="what to write (%(default)s)")
@@ -49,7 +49,7 @@ with extra("train"):
     from common.card import model_name
     from common.hub import local_folder
     from common.loading import load_tokenizer
-    from common.remote_code import read_config
+    from common.remote_code import quant_method, read_config
     from common.rewrite import refuse_existing, resolve_config
     from compress.calibration import Calibration, check_tokenizer, read_calibration
     from compress.integers import write_integers
@@ -144,10 +144,8 @@ def run(arguments: argparse.Namespace):
     """
     folder = local_folder(arguments.model)
     config = read_config(folder)
-    if (quantization := config.get("quantization_config")) is not None:
-        raise ValueError(
-            f"{folder} is quantised already, by {quantization.get('quant_method')!r}; name the checkpoint it was made from."
-        )
+    if (method := quant_method(config)) is not None:
+        raise ValueError(f"{folder} is quantised already, by {method!r}; name the checkpoint it was made from.")
     refuse_existing(arguments.output)
     source = Source(folder)
     if arguments.format == "fp8":

@@ -10,12 +10,12 @@ import io
 import json
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m compress.report", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m compress.report", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="what compress.prune has written")
     return parser
 

@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.extras import extra
 
 with extra("corpus"):
@@ -709,7 +709,7 @@ def _sample_pairs(files, scans, decisions: Decisions, options: Options, name_of)
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m corpus.deduplicate", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m corpus.deduplicate", description=__doc__.partition("\n")[0])
     default = Options()
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .txt (.gz) or .parquet; the first copy stays")
     parser.add_argument("--output", type=Path, required=True, help="folder to create")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.outputs import refuse_existing
 from tokenization.documents import check_paths, read_documents
 
@@ -38,7 +38,7 @@ def split(text: str, least_characters: int) -> Iterator[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m corpus.split", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m corpus.split", description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help=".txt or .jsonl files, optionally .gz")
     parser.add_argument("--output", type=Path, required=True, help=".jsonl file to write; must not exist")
     parser.add_argument("--characters", type=int, default=2000, help="least length of a document (default 2000)")

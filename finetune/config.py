@@ -9,7 +9,6 @@ error that proposes the nearest one, a value of the wrong type or out of range o
 """
 
 import argparse
-import difflib
 import math
 import types
 import typing
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from common.command import no_command
+from common.command import Parser, did_you_mean, no_command
 
 TARGETS = ("attention", "shared", "dense", "routed", "all")  # what LoRA adapts: groups of finetune/lora.py
 METHODS = ("lora", "esft", "full")
@@ -272,8 +271,7 @@ def read_options(schema: type, argv: list[str] | None = None, prog: str = ""):
     parser = build_parser(schema, prog)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        names = [action.option_strings[0] for action in parser._actions]
-        raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].partition('=')[0], names)}")
+        raise ValueError(parser.unknown(unknown[0]))
     given = vars(given)
     path = given.pop("config", None)
     values = _read_yaml(Path(path), schema) if path else {}
@@ -286,7 +284,7 @@ def make_options(schema: type, values: dict[str, Any]):
     known = {f.name: f for f in fields(schema)}
     for name in values:
         if name not in known:
-            raise ValueError(f"unknown option {name!r}{_nearest(name, known)}")
+            raise ValueError(f"unknown option {name!r}{did_you_mean(name, known)}")
     missing = [f.name for f in known.values() if _default(f) is MISSING and values.get(f.name) in (None, [])]
     if missing:
         raise ValueError(f"option {missing[0]!r} is missing: {known[missing[0]].metadata['help']}")
@@ -295,9 +293,9 @@ def make_options(schema: type, values: dict[str, Any]):
     return options
 
 
-def build_parser(schema: type, prog: str = "") -> argparse.ArgumentParser:
+def build_parser(schema: type, prog: str = "") -> Parser:
     """The command line of a schema; values that are not given do not appear in the result."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [--config FILE] [--OPTION VALUE ...]",
         description=schema.__doc__,
@@ -392,7 +390,7 @@ def _scalar(f, base: type, value):
 def _check(f, value):
     choices, low, high, above = (f.metadata[name] for name in ("choices", "low", "high", "above"))
     if choices and value not in choices:
-        raise ValueError(f"{f.name} is {value!r}{_nearest(value, choices)}; choose from {', '.join(choices)}")
+        raise ValueError(f"{f.name} is {value!r}{did_you_mean(value, choices)}; choose from {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{f.name} is {value}; it must be {_describe(f)}")
     if (
@@ -414,12 +412,6 @@ def _describe(f) -> str:
     return f"{kind} {' and '.join(bounds)}".strip()
 
 
-def _nearest(name: object, known) -> str:
-    """ ", did you mean X?" or nothing. A name from YAML may be a number."""
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
 def _read_yaml(path: Path, schema: type) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
@@ -433,7 +425,7 @@ def _read_yaml(path: Path, schema: type) -> dict[str, Any]:
     known = [f.name for f in fields(schema)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{path}: unknown option {name!r}{_nearest(name, known)}")
+            raise ValueError(f"{path}: unknown option {name!r}{did_you_mean(name, known)}")
     return values
 
 

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m finetune.evaluate", description="Loss and accuracy of a model on questions with answers."
     )
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")

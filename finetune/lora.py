@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from common.command import no_command
+from common.loading import peft_without_noise
 from common.names import folder_below
 
 # Names inside a decoder layer; those of the attention say its layers. The routed experts are parameters, not modules, and
@@ -120,7 +121,8 @@ def add_lora(
         ValueError: as `lora_config`, or a group's modules were not all adapted.
     """
     config = lora_config(model, targets, include_mtp=include_mtp, **options)
-    peft_model = get_peft_model(model, config)
+    with peft_without_noise():
+        peft_model = get_peft_model(model, config)
     check_adapters(peft_model, targets, include_mtp)
     return peft_model
 
@@ -238,7 +240,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", tr
         model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
         model.set_adapter(name)
         return model
-    return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+    with peft_without_noise():
+        return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
 
 
 class AdapterFiles:
@@ -280,7 +283,7 @@ def check_fits(model: nn.Module, files: AdapterFiles) -> PeftModel:
     made_for = f"the adapter in {files.folder} was made for another model ({files.base})"
     with torch.device("meta"):
         try:
-            with warnings.catch_warnings():
+            with peft_without_noise():
                 warnings.filterwarnings("ignore", message=".*was renamed from")  # the empty model has no name
                 empty = get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(files.config))
         except ValueError as error:  # PEFT found no module of the names

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.merge", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m finetune.merge", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder or Hub name of the base model")
     parser.add_argument("--adapter", type=Path, required=True, help="folder with a LoRA adapter or an ESFT result")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")
@@ -37,6 +37,7 @@ with extra("train"):
     from common.card import model_name
     from common.hub import local_folder
     from common.loading import load_config, new_model
+    from common.remote_code import quant_method
     from common.rewrite import refuse_existing, tensor_files, write_checkpoint
     from finetune.experts import ESFT_WEIGHTS, read_esft
     from finetune.lora import AdapterFiles, check_fits
@@ -156,13 +157,11 @@ def merge(source: Path, adapter: Path, output: Path) -> None:
     merged = ExpertMerge(adapter) if (adapter / ESFT_WEIGHTS).is_file() else LoraMerge(source, adapter)
     # Before anything is written: every part of the result has its place. The names are without the leading "model.".
     shard_of = tensor_files(source, merged.needed())
-    quantisation = config.pop("quantization_config", None)
+    method, quantisation = quant_method(config), config.pop("quantization_config", None)
     plain = {}
     if quantisation is not None:
-        if quantisation.get("quant_method") != "fp8" or not quantisation.get("weight_block_size"):
-            raise ValueError(
-                f"{source} is quantised with {quantisation.get('quant_method')!r}; merge into plain or FP8 weights"
-            )
+        if method != "fp8" or not quantisation.get("weight_block_size"):
+            raise ValueError(f"{source} is quantised with {method!r}; merge into plain or FP8 weights")
         plain = dequantised_state_dict(CheckpointFiles(source, {}), tuple(quantisation["weight_block_size"]))
 
     def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

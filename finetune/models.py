@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import loading
 from common.command import no_command
+from common.remote_code import quant_method
 from finetune.config import CommonOptions
 from finetune.experts import ESFT_WEIGHTS, Routing, choose_experts, describe_choice, load_esft, train_only_experts
 from finetune.lora import load_adapter, lora_config, whole_size
@@ -44,9 +45,7 @@ def load_model(
     if Path(model_dir).is_dir():
         model_dir = str(Path(model_dir).resolve())  # adapters note where their base is
     config = loading.load_config(model_dir, trust_remote_code)
-    quantised = getattr(config, "quantization_config", None)
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-    if method == "compressed-tensors":
+    if (method := quant_method(config)) == "compressed-tensors":
         raise ValueError(
             f"{model_dir} is quantised by {method}, whose weights cannot be trained, nor LoRA merged into them; fine-tune the "
             "checkpoint that it was made of, and quantise the result with python -m compress.quantise"

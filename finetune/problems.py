@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -142,7 +142,7 @@ def _ask(problem: Problem, language: str, rng: random.Random) -> dict:
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m finetune.problems", description="Write train.jsonl and held_out.jsonl with number problems."
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the two files")

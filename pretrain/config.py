@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.hardware import GPUS
 from common.outputs import refuse_existing
@@ -26,7 +26,7 @@ TOKENS_PER_PARAMETER = 20  # of a run of the length that is best for its cost (a
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.config", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.config", description=__doc__.partition("\n")[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder whose tokenizer the model will have")
     parser.add_argument("--parameters", required=True, help="size of the model, as 15M or 1.3B")
     parser.add_argument("--family", choices=MODEL_TYPES, default="v3", help="architecture (default v3)")

@@ -23,13 +23,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.data", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.data", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--files",
         nargs="+",

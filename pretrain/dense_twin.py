@@ -13,13 +13,13 @@ import json
 import shutil
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.dense_twin", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.dense_twin", description=__doc__.partition("\n")[0])
     parser.add_argument("source", type=Path, help="folder with config.json and code of a mixture of experts")
     parser.add_argument("output", type=Path, help="folder to create")
     parser.add_argument(

@@ -19,14 +19,14 @@ import math
 import sys
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="folder with the checkpoint and its tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="folder written by pretrain.data")
     parser.add_argument(

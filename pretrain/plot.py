@@ -16,8 +16,9 @@ import matplotlib
 matplotlib.use("Agg")  # no display on training machines
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.outputs import refuse_existing
 
 
@@ -39,6 +40,9 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+_FEW = 30  # points of a line that are shown one by one
+
+
 def draw_all(records: list[dict], output: Path) -> list[Path]:
     """Draw every figure the records have data for into `output`; returns the written files."""
     output.mkdir(parents=True, exist_ok=True)
@@ -49,18 +53,27 @@ def draw_all(records: list[dict], output: Path) -> list[Path]:
             continue
         figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
         draw(axes, chosen)
-        axes.set_xlabel("training tokens (millions)")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+        finish(axes)
         figure.savefig(output / f"{name}.png", dpi=100)
         plt.close(figure)
         written.append(output / f"{name}.png")
     return written
 
 
-def _millions(records: list[dict]) -> list[float]:
-    return [record["tokens"] / 1e6 for record in records]
+def finish(axes: Axes) -> None:
+    """What all figures have in common."""
+    for line in axes.lines:
+        if len(line.get_xdata()) < _FEW:
+            line.set_marker(".")  # a line through one point shows nothing
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+
+
+def _tokens(records: list[dict]) -> list[int]:
+    return [record["tokens"] for record in records]
 
 
 def draw_loss(axes: Axes, records: list[dict]) -> None:
@@ -68,7 +81,7 @@ def draw_loss(axes: Axes, records: list[dict]) -> None:
     for key, label in (("lm_loss", "next token"), ("mtp_loss", "second next token (MTP)"), ("loss", "total")):
         chosen = [record for record in records if record.get(key) is not None]
         if chosen:
-            axes.plot(_millions(chosen), [record[key] for record in chosen], label=label, linewidth=1)
+            axes.plot(_tokens(chosen), [record[key] for record in chosen], label=label, linewidth=1)
     axes.set_ylabel("training loss (nats per token)")
 
 
@@ -76,7 +89,7 @@ def draw_bits_per_byte(axes: Axes, records: list[dict]) -> None:
     """Held-out bits per byte by language."""
     for language in records[0]["bits_per_byte"]:
         values = [record["bits_per_byte"][language] for record in records]
-        axes.plot(_millions(records), values, marker=".", label=f"{language}: {values[-1]:.3f} at the end")
+        axes.plot(_tokens(records), values, marker=".", label=f"{language}: {values[-1]:.3f} at the end")
     axes.set_ylabel("held-out bits per byte")
 
 
@@ -84,7 +97,7 @@ def draw_expert_load(axes: Axes, records: list[dict]) -> None:
     """Tokens of the fullest expert divided by the mean over experts, by layer; 1 is perfect balance."""
     for layer in records[0]["expert_load"]:
         values = [record["expert_load"][layer] for record in records]
-        axes.plot(_millions(records), values, label=f"layer {layer}", linewidth=1)
+        axes.plot(_tokens(records), values, label=f"layer {layer}", linewidth=1)
     axes.set_ylabel("expert load, max / mean of a batch")
 
 
@@ -92,14 +105,14 @@ def draw_router_bias(axes: Axes, records: list[dict]) -> None:
     """Range of the routers' selection biases over the experts of a layer."""
     for layer in records[0]["router_bias"]:
         low, high = zip(*(record["router_bias"][layer] for record in records), strict=True)
-        (line,) = axes.plot(_millions(records), high, linewidth=1, label=f"layer {layer}")
-        axes.plot(_millions(records), low, linewidth=1, linestyle="--", color=line.get_color())
+        (line,) = axes.plot(_tokens(records), high, linewidth=1, label=f"layer {layer}")
+        axes.plot(_tokens(records), low, linewidth=1, linestyle="--", color=line.get_color())
     axes.set_ylabel("router bias: greatest expert, least dashed")
 
 
 def draw_index_loss(axes: Axes, records: list[dict]) -> None:
     """The indexers' loss, summed over the layers."""
-    axes.plot(_millions(records), [record["index_loss"] for record in records], linewidth=1)
+    axes.plot(_tokens(records), [record["index_loss"] for record in records], linewidth=1)
     axes.set_ylabel("KL(attention || index scores) (nats, all layers)")
 
 
@@ -107,28 +120,28 @@ def draw_index_recall(axes: Axes, records: list[dict]) -> None:
     """Of the tokens that dense attention weighs most, the share that the indexer selects, by layer."""
     for layer in records[0]["index_recall"]:
         values = [record["index_recall"][layer] for record in records]
-        axes.plot(_millions(records), values, marker=".", label=f"layer {layer}")
+        axes.plot(_tokens(records), values, marker=".", label=f"layer {layer}")
     axes.set_ylabel("indexer's recall of the true top-k")
 
 
 def draw_learning_rate(axes: Axes, records: list[dict]) -> None:
     """Learning rate of the last step before each record."""
-    axes.plot(_millions(records), [record["learning_rate"] for record in records], linewidth=1)
+    axes.plot(_tokens(records), [record["learning_rate"] for record in records], linewidth=1)
     axes.set_ylabel("learning rate")
 
 
 def draw_throughput(axes: Axes, records: list[dict]) -> None:
     """Training tokens a second over all processes, evaluation and checkpoints left out."""
-    axes.plot(_millions(records), [record["tokens_per_second"] for record in records], linewidth=1)
+    axes.plot(_tokens(records), [record["tokens_per_second"] for record in records], linewidth=1)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("tokens a second")
+    axes.set_ylabel("tokens a second, all devices")
 
 
 def draw_mfu(axes: Axes, records: list[dict]) -> None:
     """Model FLOPs utilisation: what the model needs over what the devices could do."""
-    axes.plot(_millions(records), [100 * record["mfu"] for record in records], linewidth=1)
+    axes.plot(_tokens(records), [100 * record["mfu"] for record in records], linewidth=1)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("MFU (%)")
+    axes.set_ylabel("MFU, % of the devices' peak")
 
 
 # What each figure shows, and the records that have it.
@@ -147,7 +160,7 @@ DRAWINGS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.plot", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.plot", description=__doc__.partition("\n")[0])
     parser.add_argument("log", type=Path, help="log.jsonl of a training run")
     parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
     parser.add_argument("--overwrite", action="store_true", help="replace figures that lie there")

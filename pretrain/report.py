@@ -11,7 +11,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from pretrain.plot import draw_all, read_log
 
 CAPTIONS = {
@@ -22,8 +22,8 @@ CAPTIONS = {
     "expert_load": "Expert load: the fullest expert over the mean, by layer",
     "router_bias": "Router bias: least to greatest expert, by layer",
     "learning_rate": "Learning rate",
-    "throughput": "Throughput",
-    "mfu": "Model FLOPs utilisation",
+    "throughput": "Speed: training tokens a second, without evaluations and checkpoints",
+    "mfu": "Model FLOPs utilisation (MFU): the model's arithmetic as a share of what the devices could do at their peak",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -74,7 +74,7 @@ def results(records: list[dict], description: dict) -> dict[str, str]:
     """The figures that a reader looks for first: sizes of the model, and where the run stands."""
     facts = {
         "parameters": f"{description['parameters']:,}, of which a token meets {description['active_parameters']:,}",
-        "training FLOPs a token": f"{description['training_flops_per_token']:.3g}",
+        "arithmetic": f"{description['training_flops_per_token'] / 1e6:,.3f} million FLOPs a token of training",
         "devices": f"{description['processes']} x {description['device']}, precision {description['precision']}, peak "
         f"{description['peak_flops_per_device'] / 1e12:.3g} TFLOPS each",
         "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
@@ -85,10 +85,11 @@ def results(records: list[dict], description: dict) -> dict[str, str]:
         facts["trained"] = f"{last['step']:,} steps, {last['tokens']:,} tokens"
         facts["last training loss"] = f"{last['loss']:.4f} (next token {last['lm_loss']:.4f} nats)"
         speeds = sorted(record["tokens_per_second"] for record in steps)
-        facts["tokens a second, median"] = f"{speeds[len(speeds) // 2]:,}"
-        facts["MFU, median"] = f"{100 * sorted(record['mfu'] for record in steps)[len(steps) // 2]:.1f} %"
+        facts["speed (median)"] = f"{speeds[len(speeds) // 2]:,} tokens a second on all devices together"
+        used = sorted(record["mfu"] for record in steps)[len(steps) // 2]
+        facts["MFU (median)"] = f"{100 * used:.1f} % of the devices' peak is the model's arithmetic"
         for layer, load in last["expert_load"].items():
-            facts[f"expert load at the end, layer {layer}"] = f"{load:.2f} x mean"
+            facts[f"expert load, layer {layer}"] = f"the fullest expert has {load:.2f} times the mean"
     evaluated = [record for record in records if "bits_per_byte" in record]
     for language, bits in evaluated[-1]["bits_per_byte"].items() if evaluated else ():
         facts[f"held-out text, {language}"] = f"{bits:.4f} bits per byte"
@@ -134,7 +135,7 @@ def _figure(path: Path) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="--run-dir of pretrain.train")
     return parser
 

@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.command import check_early, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.outputs import only_run_in, refuse_existing
 
@@ -40,7 +40,7 @@ MANY_PASSES = 4  # through a text
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m pretrain.train", description=__doc__.partition("\n")[0])
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, help="folder with config.json")
     files.add_argument(
@@ -817,15 +817,12 @@ def _require_positive(args: argparse.Namespace, name: str) -> None:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        check_arguments(args)
-        run_training(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_arguments(args)
+    run_training(args)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 
 import pytest
 import torch
@@ -514,6 +515,21 @@ def test_an_adapter_loads(adapter):
     model, tokenizer = loading.load(str(base), str(folder), trust_remote_code=True)
     assert type(model).__name__.startswith("Peft")
     assert say(Chat(model, tokenizer, GREEDY), "Hi")
+
+
+def test_the_header_names_the_adapter(adapter, monkeypatch, capsys):
+    """And PEFT's words to transformers are not for the user."""
+    base, folder = adapter
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr(program, "read_prompt", lambda parts: None)  # as if at a terminal
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        assert program.main(["--model", str(base), "--adapter", str(folder)]) == 0
+    printed = capsys.readouterr()
+    shown = printed.out.replace("\n", "")
+    assert f"{base} with the adapter {folder}: " in shown
+    assert f"loading {base} with the adapter {folder} ..." in printed.err
+    assert not [str(warning.message) for warning in caught if warning.category is FutureWarning]
 
 
 def _truncate(folder):

@@ -2,13 +2,14 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from checks import ROOT
 
-from common.command import run_command
+from common.command import Parser, one_line_errors, run_command
 
 PACKAGES = ("compress", "corpus", "finetune", "pretrain", "tokenization", "tools")
 SCRIPTS = ("add_remote_code", "try_loading")  # run by their paths, without this repository's packages
@@ -73,6 +74,29 @@ def test_help_and_wrong_options_need_no_torch(module):
     assert refused.returncode == 2, refused.stderr
     assert "Traceback" not in refused.stderr
     assert "usage" in refused.stderr or "nonsense" in refused.stderr
+
+
+@pytest.mark.parametrize("module", sorted({*commands()} - {"tools.to_gguf"}))  # which hands on what it does not know
+def test_a_misspelt_option_gets_a_suggestion(module):
+    """Also where options are missing that must be given, since it may be one of them."""
+    option = max(
+        re.findall(r"^  (?:-\w, )?(--[a-z-]+)", run_module(module, "--help").stdout, re.MULTILINE),
+        key=len,
+        default="--help",
+    )
+    refused = run_module(module, f"{option}x", "1")
+    assert refused.returncode == 2
+    assert f"unknown argument '{option}x'; did you mean '{option}'?" in refused.stderr
+
+
+def test_only_options_are_taken_for_misspelt():
+    parser = Parser()
+    parser.add_argument("--text")
+    parser.add_argument("more", nargs="*")
+    assert parser.parse_args(["--tex", "--no option", "--", "--textx"]).__dict__ == {
+        "text": "--no option",
+        "more": ["--textx"],
+    }
 
 
 @pytest.mark.parametrize("module", commands())
@@ -159,6 +183,21 @@ def test_names_that_stand_in_two_places_are_the_same():
     assert config.TARGETS == lora.TARGETS
     assert tuple(scores.SCORES) == prune.SCORES
     assert train.OPTIMIZERS == optimizers.OPTIMIZERS
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, ModuleNotFoundError, FloatingPointError])
+def test_what_the_user_can_mend_is_one_line(kind, capsys):
+    @one_line_errors
+    def main():
+        raise kind("what is wrong")
+
+    assert main() == 2
+    assert capsys.readouterr() == ("", "error: what is wrong\n")
+
+
+def test_mistakes_of_the_program_keep_their_traceback():
+    with pytest.raises(KeyError):
+        one_line_errors(lambda: {}["x"])()
 
 
 def test_ctrl_c_is_no_traceback(capsys):

@@ -7,11 +7,13 @@ import pytest
 import torch
 from tiny import FAMILIES, make_model, make_tokens
 from tiny_chat import VOCAB_SIZE, add_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import chat
 import serve
 from common import loading
+from common.remote_code import quant_method
+from configuration_deepseek import DeepseekConfig
 from finetune import evaluate as finetune_evaluate, merge, models
 from finetune.data import write_jsonl
 from finetune.lora import add_lora
@@ -225,3 +227,13 @@ def test_a_device_that_is_not_here_is_one_line(device, capsys, monkeypatch):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: --device is '{device}'")
     assert "cpu" in error
+
+
+def test_the_method_of_quantisation_is_read_from_all_forms():
+    found = [quant_method(config) for config in ({}, {"quantization_config": None}, {"quantization_config": {}})]
+    assert found == [None, None, "a method without a name"]
+    plain, of_objects = DeepseekConfig(), DeepseekConfig()
+    assert quant_method(plain) is None
+    of_objects.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    assert repr(quant_method(of_objects)) == "'bitsandbytes'"
+    assert quant_method(DeepseekConfig(quantization_config={"quant_method": "fp8"})) == "fp8"

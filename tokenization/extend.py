@@ -22,13 +22,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tokenization.extend", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tokenization.extend", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with tokenizer.json")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help=".jsonl or .txt files, optionally .gz")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -164,7 +164,7 @@ def draw(report: dict, path: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tokenization.report", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tokenization.report", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--tokenizers", nargs="+", required=True, metavar="[NAME=]PATH", help="folders with tokenizer.json, or files"
     )

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.command import one_line_errors, run_command
+from common.command import Parser, one_line_errors, run_command
 from common.extras import extra
 from common.outputs import refuse_existing
 
@@ -149,7 +149,7 @@ def training_documents(paths: list[Path], text_field: str, held_out_fraction: fl
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tokenization.train_bpe", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tokenization.train_bpe", description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl or .txt files, optionally .gz")
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer files; must hold none")
     parser.add_argument(

@@ -16,14 +16,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 SIZES = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}  # of V3.2
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.add_indexer", description=__doc__.split("\n\n")[0], epilog="Sizes default to V3.2's."
     )
     parser.add_argument("source", type=Path, help="checkpoint folder, model_type deepseek_v3")

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # it runs by its path too, from any folder
 
-from common.command import one_line_errors, run_command  # noqa: E402
+from common.command import Parser, one_line_errors, run_command  # noqa: E402
 from common.remote_code import AUTO_MAP, code_files, read_config, write_json  # noqa: E402
 
 BACKUP = ".before_remote_code"
@@ -52,15 +52,15 @@ def add(folder: Path, repository: str | None = None) -> list[str]:
         for name in replaced:
             shutil.copy2(folder / name, staging / name)
         os.replace(staging, backup)
-        done.append(f"kept the former {', '.join(replaced)} in {BACKUP}/")
+        done.append(f"kept the former {_listed(replaced)} in {BACKUP}/")
     for file in files:
         shutil.copy2(file, folder / file.name)
     if files:
-        done.append(f"copied {', '.join(file.name for file in files)}")
+        done.append(f"copied {_listed([file.name for file in files])}")
     prefix = "" if repository is None else f"{repository}--"
     config["auto_map"] = {auto: prefix + name for auto, name in AUTO_MAP.items()}
     write_json(folder / "config.json", config)
-    done.append("set auto_map in config.json: " + ", ".join(AUTO_MAP))
+    done.append("set auto_map in config.json, which the Auto classes read")
     return done
 
 
@@ -80,13 +80,20 @@ def remove(folder: Path) -> list[str]:
     for name in restored:
         os.replace(backup / name, folder / name)
     backup.rmdir()
-    return [f"removed {', '.join(names) or 'no code'}", f"put back {', '.join(restored)}"]
+    return [f"removed {_listed(names)}", f"put back {_listed(restored)}"]
+
+
+def _listed(names: list[str]) -> str:
+    """Names of files for a reader: those of the code are counted."""
+    code = sum(name.endswith("_deepseek.py") for name in names)
+    listed = [name for name in names if not name.endswith("_deepseek.py")]
+    if code:
+        listed.append(f"{code} {'file' if code == 1 else 'files'} of model code (*_deepseek.py)")
+    return " and ".join(listed) or "nothing"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog="Weights and tokenizer files are never touched."
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="Weights and tokenizer files are never touched.")
     parser.add_argument("checkpoint_dir", type=Path, help="folder with config.json and weights")
     parser.add_argument(
         "--from", dest="repository", metavar="OWNER/NAME", help="use the code of this repository on the Hub, copy none"

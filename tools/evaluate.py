@@ -44,7 +44,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import check_early, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 from common.outputs import refuse_existing
@@ -83,7 +83,7 @@ MEMORY_BYTES, FILE_BYTES = 2 * 2**30, 2**20  # what a generated program may use
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tools.evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder or Hub name of the model")
     parser.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on it")
     parser.add_argument(
@@ -622,15 +622,12 @@ def run(args: argparse.Namespace) -> dict:
     }
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        report = run(args)
-    except (ImportError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = run(args)
     show(Console(), report["results"], report["standard_errors"], report["datasets"])
     if args.output is not None:
         part = args.output.with_name(f"{args.output.name}.part")

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 
@@ -54,7 +54,7 @@ def parse_length(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.long_context", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tools.long_context", description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder or Hub name of the model")
     parser.add_argument("--adapter", help="folder or Hub name of a PEFT adapter to put on it")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run")

@@ -19,14 +19,14 @@ import json
 import math
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.hardware import DEFAULT_ROW, GPU, GPUS, MEASURED
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tools.plan", description=__doc__.partition("\n")[0])
     parser.add_argument("config", type=Path, help="config.json or a folder with one")
     parser.add_argument(
         "--gpu", choices=GPUS, default="h800", metavar="NAME", help=f"of {', '.join(GPUS)} (%(default)s)"

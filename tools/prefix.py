@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 from common.names import check_model_name
 from common.outputs import refuse_existing
@@ -20,7 +20,7 @@ from common.outputs import refuse_existing
 
 def build_parser() -> argparse.ArgumentParser:
     """Define the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.prefix", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tools.prefix", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text that the chats begin with")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write; must not exist")

@@ -34,13 +34,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import check_early, run_command
+from common.command import Parser, check_early, run_command
 from common.extras import extra
 from common.names import folder_below
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.publish", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tools.publish", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a model's folder, or a PEFT adapter's")
     parser.add_argument("--repo-id", help="where to, OWNER/NAME; needed unless --dry-run")
     parser.add_argument(

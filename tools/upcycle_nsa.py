@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import check_early, one_line_errors, run_command
+from common.command import Parser, check_early, one_line_errors, run_command
 from common.extras import extra
 
 # Of the paper (arXiv:2502.11089): the fields `nsa_...` of a config, their values and meanings.
@@ -31,7 +31,7 @@ SIZES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.upcycle_nsa",
         description=__doc__.split("\n\n")[0],
         epilog="Sizes default to the paper's.",

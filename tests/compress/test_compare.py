@@ -1,5 +1,6 @@
 """compress.compare: figures against direct calculation, and what is refused."""
 
+import itertools
 import json
 import math
 
@@ -8,6 +9,7 @@ import tiny
 import tiny_chat
 import torch
 from deepseek_repo.modeling_deepseek import DeepseekForCausalLM
+from matplotlib.text import Text
 from transformers import AutoTokenizer
 
 from compress import compare
@@ -56,6 +58,29 @@ def test_figures(models, texts, tmp_path):
 def test_front():
     points = [(3.0, 1.0), (1.0, 2.0), (2.0, 2.5), (4.0, 0.5), (1.0, 3.0)]
     assert compare.best_front(points) == [(1.0, 2.0), (3.0, 1.0), (4.0, 0.5)]
+
+
+def test_nothing_in_the_picture_overlaps():
+    """Though checkpoints are alike in size and loss, and their names long."""
+    sizes = [63e6, 49e6, 17e6, 17.1e6, 11e6, 49e6]
+    losses = [2.01, 2.1, 2.015, 2.014, 2.06, 2.03]
+    figures = [
+        compare.Figures(
+            f"runs/a-checkpoint-with-a-long-name-{i}", int(size), 1, 1, 1, {"en": x, "zh": 2 * x}, None, None
+        )
+        for i, (size, x) in enumerate(zip(sizes, losses, strict=True))
+    ]
+    figure = compare.draw(figures, ["en", "zh"])
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    for first, second in itertools.combinations(boxes, 2):
+        assert not first.overlaps(second)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [f"{i + 1} a-checkpoint-with-a-long-name-{i}" for i in range(6)]
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.texts] == ["1", "2", "3, 4", "5", "6"]
+        inside = axis.get_window_extent()
+        assert not any(inside.overlaps(text.get_window_extent()) for text in figure.legends[0].get_texts())
 
 
 def test_refusals(models, texts, tmp_path, capsys):

@@ -53,7 +53,7 @@ def tokens_in_rows(lengths=(40, 23, 7), sources=(0, 1, 1)) -> Calibration:
     ends = torch.tensor(lengths).cumsum(0).tolist()
     rows = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     source = torch.cat([torch.full((length,), s) for length, s in zip(lengths, sources, strict=True)])
-    return Calibration(ids, rows, source, ["a", "b"], ["other", "Chinese"])
+    return Calibration(ids, rows, source, ["a", "b"], ["not Chinese", "Chinese"])
 
 
 @torch.no_grad()
@@ -340,7 +340,7 @@ def test_command(model, texts, tmp_path, capsys):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.config.n_routed_experts == 12
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
-    assert [file["language"] for file in record["files"]] == ["other", "Chinese"]
+    assert [file["language"] for file in record["files"]] == ["not Chinese", "Chinese"]
     assert [file["name"] for file in record["files"]] == ["plain", "chat"]
     assert record["layers"].keys() == {"1", "2", "3"}
     html = (tmp_path / "out" / "pruning.html").read_text()
@@ -444,6 +444,29 @@ def test_dry_run_reads_no_weights(model, monkeypatch, capsys):
     before = sum(len(entry[2]) for entry in contents(model).values())
     assert f"{before / 1e9:.3f}" in printed
     assert "active for a token" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "--output and --calibration are missing"),
+        (["--output", "{new}"], "--output and --calibration are missing"),
+        (["--output", "{old}", "--calibration", "{text}"], "exists already"),
+        (["--output", "{new}", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--output", "{new}", "--calibration", "{text}", "--tokenizer", "nowhere"], "nowhere"),
+        (["--output", "{new}", "--calibration", "{text}", "--tokens", "0"], "--tokens is 0"),
+        (["--output", "{new}", "--calibration", "{text}", "--device", "cuda:99"], "--device is 'cuda:99'"),
+        (["--dry-run", "--context-tokens", "1"], "--context-tokens 1"),
+        (["--dry-run", "--device", "toaster"], "--device is 'toaster'"),
+    ],
+)
+def test_nothing_is_printed_before_all_input_is_checked(options, told, model, texts, tmp_path, capsys):
+    places = {"new": tmp_path / "out", "old": model, "text": texts[0]}
+    given = [option.format(**places) for option in options]
+    assert prune.main(["--model", str(model), "--keep", "8", *given]) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert printed.out == ""
 
 
 def test_tokenizer_of_another_model(model, texts, tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -325,6 +326,18 @@ def test_wrong_options_stop_before_training(workspace, tmp_path, capsys, more, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_figure_of_one_record_shows_it():
+    figure, axes = plt.subplots()
+    record = {"tokens": 20480, "tokens_per_second": 372, "mfu": 0.01}
+    for draw in (plot.draw_throughput, plot.draw_mfu):
+        draw(axes, [record])
+    plot.finish(axes)
+    figure.canvas.draw()
+    assert [line.get_marker() for line in axes.lines] == [".", "."]
+    assert "20k" in [label.get_text() for label in axes.get_xticklabels()]  # tokens, not millions of them
+    plt.close(figure)
+
+
 def test_report_and_tensorboard(workspace, checkpoint, tmp_path):
     run = tmp_path / "<run>"
     model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE)
@@ -336,6 +349,8 @@ def test_report_and_tensorboard(workspace, checkpoint, tmp_path):
     assert "&lt;run&gt;" in page
     assert "<run>" not in page
     assert "<th>kv_lora_rank<td>16" in page
+    assert "tokens a second on all devices together" in page
+    assert "of the devices&#x27; peak is the model&#x27;s arithmetic" in page
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     last = [record for record in logged if "loss" in record][-1]
     flops = json.loads((run / "run.json").read_text())["training_flops_per_token"]

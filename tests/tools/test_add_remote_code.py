@@ -48,13 +48,16 @@ def test_adds_code_and_touches_no_weight(folder, capsys):
         assert_close(model(ids).logits, native(ids).logits, "logits after adding the code")
 
 
-def test_remove_restores_every_byte(folder):
+def test_remove_restores_every_byte(folder, capsys):
     (folder / "modeling_deepseek.py").write_text("# DeepSeek's own hub code\n")
     before = contents(folder)
     assert tool.main([str(folder)]) == 0
+    kept = "kept the former config.json and 1 file of model code (*_deepseek.py) in .before_remote_code/"
+    assert kept in capsys.readouterr().out
     assert tool.main([str(folder)]) == 0  # twice: what is kept is still what was there first
     assert contents(folder) != before
     assert tool.main([str(folder), "--remove"]) == 0
+    assert "put back config.json and 1 file of model code" in capsys.readouterr().out
     assert contents(folder) == before
 
 
