@@ -9,7 +9,7 @@ Shape letters: B batch, K key/value heads, S new tokens, T all tokens, D width o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -469,6 +469,24 @@ def use_growing_layers(cache: Cache | None, make_layer: Callable[[int], GrowingL
             cache.layers[i] = make_layer(i)
         elif type(layer) is StaticLayer and not layer.is_initialized:
             cache.layers[i] = make_layer(i).static_twin(layer.max_cache_len)
+
+
+def check_lengths(cache: Cache, indices: Iterable[int]):
+    """
+    Args:
+        indices: of the cache's layers that the model fills.
+
+    Raises:
+        ValueError: they hold different numbers of tokens, as after a pass that was interrupted.
+    """
+    if torch.compiler.is_compiling():
+        return
+    lengths = [cache.layers[i].get_seq_length() for i in indices if i < len(cache.layers)]
+    if len({length for length in lengths if isinstance(length, int)}) > 1:  # those of static layers are tensors
+        raise ValueError(
+            f"The layers of `past_key_values` hold {min(lengths)} to {max(lengths)} tokens: a pass over it was "
+            "interrupted. Begin with a new cache."
+        )
 
 
 def take_back(layer: Any, count: int):

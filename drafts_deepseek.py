@@ -319,20 +319,8 @@ class Speculation:
         """Runs the model over the prompt, and the MTP modules over all of it but the last chunk -> that chunk's states
         and embeddings, [B, S, D] each"""
         cache = self.kwargs[CACHE_NAME]
-        past = int(cache.get_seq_length())
+        past, count = check_new_tokens(self.prompt_width, self.config, self.kwargs)
         embeds, mask = self.kwargs.get("inputs_embeds"), self.kwargs.get("attention_mask")
-        mask_width = getattr(self.config, "_mask_length", self.prompt_width) if mask is None else mask.shape[1]
-        if embeds is not None:
-            count = embeds.shape[1] - past
-        elif mask_width == self.prompt_width:
-            count = self.prompt_width - past
-        else:
-            count = self.prompt_width  # the cache's tokens are not among them
-        if count < 1:
-            raise ValueError(
-                f"`past_key_values` holds {past} tokens and the inputs are {past + count} with those counted: at least "
-                "one must be new. Pass all tokens so far and a new one, or crop the cache."
-            )
         total, prompt_mask = past + count, None
         if mask is not None and not bool(mask.all()):
             prompt_mask = nn.functional.pad(mask, (total - mask.shape[1], 0), value=1)
@@ -587,3 +575,30 @@ def _draw(weights: torch.Tensor) -> torch.Tensor:
     sums = weights.cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.rand_like(sums[:, :1]) * sums[:, -1:]
     return torch.searchsorted(sums, drawn, right=True)[:, 0]  # the first sum above: its weight is not zero
+
+
+def check_new_tokens(prompt_width: int, generation_config: Any, model_kwargs: dict) -> tuple[int, int]:
+    """-> how many tokens the cache holds, and how many of a prompt it does not
+
+    Args:
+        prompt_width: of `input_ids`, which are all tokens so far or, with a wider mask, the new ones.
+        model_kwargs: what `generate` hands from step to step.
+
+    Raises:
+        ValueError: none of the tokens is new.
+    """
+    cache, embeds, mask = (model_kwargs.get(name) for name in (CACHE_NAME, "inputs_embeds", "attention_mask"))
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask_width = getattr(generation_config, "_mask_length", prompt_width) if mask is None else mask.shape[-1]
+    if embeds is not None:
+        count = embeds.shape[1] - past
+    elif mask_width == prompt_width:
+        count = prompt_width - past
+    else:
+        count = prompt_width  # the cache's tokens are not among them
+    if past and count < 1:
+        raise ValueError(
+            f"`past_key_values` holds {past} tokens and the inputs are {past + count} with those counted: at least "
+            "one must be new. Pass all tokens so far and a new one, or crop the cache."
+        )
+    return past, count

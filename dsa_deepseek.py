@@ -308,13 +308,16 @@ class SumGradient(torch.autograd.Function):
         return gradient, None
 
 
-def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, mesh=None) -> torch.Tensor:
+def index_loss(
+    probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, counted: torch.Tensor | None = None, mesh=None
+) -> torch.Tensor:
     """KL(attention summed over heads and normalised || softmax of index scores), summed over the queries.
 
     Args:
         probs: [B, C, H, n], constants here.
         scores: [B, C, n].
-        seen: bool [B or 1, C, n]; a query that sees nothing (padding) adds nothing.
+        seen: bool [B or 1, C, n].
+        counted: bool [B or 1, C], which queries add to the sum; by default those that see something.
         mesh: the processes among which the heads are divided.
     """
     target = probs.detach().mean(dim=2)  # [B, C, n]
@@ -322,7 +325,7 @@ def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, me
         torch.distributed.all_reduce(target.div_(mesh.size()), group=mesh.get_group())
     log_index = scores.float().masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(dim=-1)
     divergence = F.kl_div(log_index, target, reduction="none").sum(dim=-1)  # [B, C]
-    return (divergence * seen.any(dim=-1)).sum()
+    return (divergence * (seen.any(dim=-1) if counted is None else counted)).sum()
 
 
 def selected_latent_attention(
@@ -350,7 +353,7 @@ def selected_latent_attention(
         mesh: with tensor parallelism, the DeviceMesh of the processes that have the other heads.
 
     Returns:
-        [B, S, H, Dv], and the index loss: its mean over the queries that see something.
+        [B, S, H, Dv], and the index loss: its mean over the queries that are tokens and see something.
     """
     batch, heads, length, _ = q_nope.shape
     if mesh is not None and torch.is_grad_enabled():
@@ -372,21 +375,37 @@ def selected_latent_attention(
         else:
             chosen = indexer.select(states, index_key, visible, queries)
             seen = chosen >= 0
+        counted = seen.any(dim=-1)  # [B or 1, C]
+        if visible.tokens is not None:  # padding behind the tokens sees them
+            counted = counted & visible.tokens[:, visible.total - length :][:, queries]
         arguments = (
             *(q_nope[:, :, queries], q_rope[:, :, queries], latent[:, :end], k_rope[:, :end], up_projections),
-            *(states.query[:, queries], states.weights[:, queries], index_key[:, :end], seen, chosen, learns, mesh),
+            *(states.query[:, queries], states.weights[:, queries], index_key[:, :end]),
+            *(seen, counted, chosen, learns, mesh),
         )
         # in training the backward gathers again: storing the gathered latents would take S * topk of them
         run = partial(checkpoint, _attend_chosen, use_reentrant=False) if torch.is_grad_enabled() else _attend_chosen
         output, loss = run(*arguments)
         outputs.append(output)
         losses.append(loss)
-        num_queries = num_queries + seen.any(dim=-1).expand(batch, -1).sum()
+        num_queries = num_queries + counted.expand(batch, -1).sum()
     return torch.cat(outputs, dim=1), torch.stack(losses).sum() / num_queries if learns else None
 
 
 def _attend_chosen(
-    q_nope, q_rope, latent, k_rope, up_projections, index_query, index_weights, index_key, seen, chosen, learns, mesh
+    q_nope,
+    q_rope,
+    latent,
+    k_rope,
+    up_projections,
+    index_query,
+    index_weights,
+    index_key,
+    seen,
+    counted,
+    chosen,
+    learns,
+    mesh,
 ):
     """One chunk of `selected_latent_attention` -> [B, C, H, Dv], summed index loss; chosen None: all tokens"""
     if chosen is not None and not learns and not torch.is_grad_enabled() and kernels_run_on(latent):
@@ -397,4 +416,4 @@ def _attend_chosen(
     if not learns:
         return output, None
     index_key = index_key if chosen is None else gather_tokens(index_key, chosen)
-    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), seen, mesh)
+    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), seen, counted, mesh)

@@ -350,7 +350,7 @@ class DeepseekMLA(DeepseekAttention):
         cannot be known, and attention must run the module itself.
 
         With LoRA, quantisation or offloading, it is the module's output for the identity. This costs more than a
-        decoded token should, so the matrix is kept with the cache for as long as its text.
+        decoded token should, so the matrix is kept with the cache.
         """
         if self._is_hooked():
             return None
@@ -362,13 +362,14 @@ class DeepseekMLA(DeepseekAttention):
                 return weight
         if cache_layer is None:
             return self._probe_kv_b(latent)
+        if torch.compiler.is_compiling():
+            return None  # probing looks at numbers
         if torch.is_grad_enabled():
             return self._probe_for_cache(latent)
-        if not hasattr(cache_layer, "kv_b_weight"):
-            if torch.compiler.is_compiling():
-                return None  # probing looks at numbers
-            cache_layer.kv_b_weight = self._probe_for_cache(latent)
-        return cache_layer.kv_b_weight
+        kept = getattr(cache_layer, "kv_b_weight", None)
+        if kept is None or not kept.holds_for(self.kv_b_proj):
+            kept = cache_layer.kv_b_weight = _KeptMatrix(self.kv_b_proj, self._probe_for_cache(latent))
+        return kept.matrix
 
     def _is_hooked(self) -> bool:
         """Whether kv_b_proj has hooks, which may do anything, such as choosing an adapter for each row."""
@@ -421,6 +422,37 @@ class DeepseekMLA(DeepseekAttention):
         """The rows of the identity [C, C], and another row [1, C] in which all of them take part"""
         signs = 1 - 2 * (torch.arange(self.kv_lora_rank, device=latent.device) % 3 == 0).to(latent.dtype)
         return torch.eye(self.kv_lora_rank, dtype=latent.dtype, device=latent.device), 3 * signs[None]
+
+
+class _KeptMatrix:
+    """What kv_b_proj multiplies by, [H * (Dn + Dv), C] or None, known as long as nothing in it changes: its weights, and which
+    of PEFT's adapters are active. A copy or a pickle of the cache that holds it is without."""
+
+    def __init__(self, module: nn.Module, matrix: torch.Tensor | None):
+        self.matrix = matrix
+        self._tensors, self._facts = self._look_at(module)
+
+    def holds_for(self, module: nn.Module) -> bool:
+        """Whether nothing has changed."""
+        tensors, facts = self._look_at(module)
+        return facts == self._facts and all(new is old for new, old in zip(tensors, self._tensors, strict=True))
+
+    @staticmethod
+    def _look_at(module: nn.Module) -> tuple[list[torch.Tensor], list]:
+        tensors = [*module.parameters(), *module.buffers()]
+        writes = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        layers: Iterable[Any] = (layer for layer in module.modules() if hasattr(layer, "active_adapters"))
+        adapters = [
+            (tuple(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {})))
+            for layer in layers
+        ]
+        return tensors, [writes, adapters]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 @contextmanager

@@ -35,8 +35,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_deepseek import AttentionInput, DeepseekAttention, View
-from .cache_deepseek import GrowingLayer, use_growing_layers
+from .attention_deepseek import AttentionInput, DeepseekAttention, View, check_mask_width
+from .cache_deepseek import GrowingLayer, check_lengths, use_growing_layers
 from .compat_deepseek import cache_field, model_output, takes_cache_by_either_name
 from .configuration_deepseek import DeepseekConfig
 from .drafts_deepseek import Speculation  # noqa: F401
@@ -367,7 +367,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         Raises:
             ValueError: both or none of input_ids and inputs_embeds are given, they hold no tokens, (on a CPU) a token id
-                is outside the vocabulary, or a cache comes with several documents in a row or gradient checkpointing.
+                is outside the vocabulary, `attention_mask` leaves tokens out, an interrupted pass has filled some layers
+                of the cache only, or a cache comes with several documents in a row or gradient checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -392,6 +393,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             use_growing_layers(past_key_values, self.make_cache_layer, self.config.num_hidden_layers)
+            layers: Iterable[Any] = self.layers[: self.config.num_hidden_layers]
+            check_lengths(past_key_values, [layer.self_attn.layer_idx for layer in layers])
 
         visible = self.create_causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
         arguments = self.layer_arguments(inputs_embeds, visible, input_ids)
@@ -505,6 +508,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+        check_mask_width(attention_mask, inputs_embeds.shape[1], past_length)
         token_mask = None
         if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
             token_mask = attention_mask.bool()

@@ -93,3 +93,45 @@ def test_nsa_says_what_is_wrong_with_a_cache_of_ones_own():
     with pytest.raises(ValueError, match=r"StaticLayer`s, which have no room for what NSA caches. Pass an empty"):
         model(prompt, past_key_values=StaticCache(config=model.config, max_cache_len=48))
     model(prompt, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("held", [20, 27])
+@pytest.mark.parametrize(
+    "settings", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}]
+)
+def test_a_cache_that_holds_all_of_the_prompt_is_refused(family, held, settings):
+    """The prompt, or its end, would be read once more behind itself."""
+    model, tokens = make_model(family), make_tokens(1, 30)
+    cache = model.prefill(tokens[:, :held], progress=False)
+    with pytest.raises(ValueError, match=f"holds {held} tokens.* at least one must be new"):
+        model.generate(tokens[:, :20], past_key_values=cache, max_new_tokens=2, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_cache_of_an_interrupted_pass_is_refused(family, layer):
+    """Later layers lack a token: one more would see another text there."""
+    model, tokens = make_model(family), make_tokens(1, 20)
+    cache = model.prefill(tokens[:, :12], progress=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[layer].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens[:, 12:13], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match=r"hold 12 to 13 tokens.*interrupted"):
+        model(tokens[:, 13:14], past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("held", [0, 12, 18, 19])
+def test_a_mask_of_the_new_tokens_only_is_refused(family, held):
+    """It would be taken for a mask of the first ones, and the rest for padding."""
+    model, tokens = make_model(family), make_tokens(2, 20)
+    cache = model.prefill(tokens[:, :held], progress=False) if held else None
+    mask = torch.ones(2, 20 - held if held else 15, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape.* 20 tokens"):
+        model(tokens[:, held:], attention_mask=mask, past_key_values=cache)

@@ -161,6 +161,24 @@ def test_left_padded_rows_equal_rows_alone(model, chunks):
         assert_close(logits[row, pad:], alone, f"row {row}", atol=3e-5)
 
 
+@pytest.mark.parametrize("index_warmup", [False, True])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("latent_bytes", [2**26, 2**12], ids=["one chunk", "chunks"])
+def test_padding_does_not_teach_the_indexer(monkeypatch, latent_bytes, left, index_warmup):
+    """Padding behind the tokens could see them: it must count as little as padding before them, which sees nothing."""
+    monkeypatch.setattr(dsa, "_LATENT_BYTES", latent_bytes)
+    model = tiny.make_model("v32", num_nextn_predict_layers=0, index_warmup=index_warmup).train()
+    indexers = [parameter for name, parameter in model.named_parameters() if "indexer" in name]
+    tokens, padding = tiny.make_tokens(1, 24), torch.full((1, 30), 2)
+    padded = torch.cat((padding, tokens) if left else (tokens, padding), dim=1)
+    expected = model(tokens).index_loss
+    actual = model(padded, attention_mask=(padded != 2).long()).index_loss
+    assert_close(actual, expected, "index loss", atol=1e-6)
+    wanted, given = (torch.autograd.grad(loss, indexers) for loss in (expected, actual))
+    for one, other in zip(given, wanted, strict=True):
+        assert_close(one, other, "gradient", atol=1e-6)
+
+
 @torch.no_grad()
 def test_packed_documents_equal_separate_ones(model):
     lengths = [[37, 5, 1, 37], [60, 20]]

@@ -339,6 +339,48 @@ def assert_cached_equals_uncached(model, tokens, **kwargs):
     assert_close(torch.cat(parts, dim=1), expected, "logits", atol=1e-3)
 
 
+def write_in_place(model):
+    """As a training step does."""
+    for name, parameter in model.named_parameters():
+        if "kv_b_proj" in name and parameter.requires_grad:
+            parameter.mul_(-0.5)
+
+
+def replace_weights(model):
+    """As loading another adapter does."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if hasattr(module, "active_adapters") or parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(parameter * 0.5, requires_grad=parameter.requires_grad))
+
+
+CHANGES = {
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "written in place": write_in_place,
+    "replaced": replace_weights,
+    "merged": lambda model: model.merge_adapter(),
+}
+
+
+@pytest.mark.parametrize("family", ["v2_lite", "v3", "v32"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS.keys() - set(NO_MATRIX) - {"whole"}))
+@torch.no_grad()
+def test_a_change_of_kv_b_proj_counts_from_the_next_token_on(family, change, adapter):
+    """The matrix that is kept with a cache is that of the module as it is now."""
+    model, tokens = adapted(family, adapter), make_tokens(2, 12)
+    cache = model(tokens[:, :10], use_cache=True).past_key_values
+    model(tokens[:, 10:11], past_key_values=cache)
+    fresh, old = copy.deepcopy(cache), copy.deepcopy(cache)
+    for layer in fresh.layers:
+        vars(layer).pop("kv_b_weight", None)
+    before = model(tokens[:, 11:], past_key_values=old).logits
+    CHANGES[change](model)
+    after = model(tokens[:, 11:], past_key_values=cache).logits
+    assert_close(after, model(tokens[:, 11:], past_key_values=fresh).logits, "logits", atol=1e-5)
+    assert change == "merged" or (after - before).abs().max() > 1e-3
+
+
 @pytest.mark.compatibility("any PEFT adapter on `kv_b_proj`")
 @pytest.mark.parametrize("family", ["v2_lite", "v3"])
 @pytest.mark.parametrize("adapter", [*ADAPTERS, "bias", "hook"])

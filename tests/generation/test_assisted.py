@@ -35,6 +35,29 @@ def test_draft_model(family, noise):
     assert torch.equal(actual, model.generate(prompt, **GREEDY))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("held", [1, 18, 29])
+@pytest.mark.parametrize("drafts", ["prompt lookup", "draft model"])
+def test_going_on_from_a_cache(family, held, drafts):
+    """Only what the cache does not hold is read."""
+    model, prompt = make_model(family), make_tokens(1, 30)
+    settings = {"prompt_lookup_num_tokens": 4} if drafts == "prompt lookup" else {"assistant_model": make_model("v3")}
+    expected = model.generate(prompt, **GREEDY)
+    for mask in ({}, {"attention_mask": torch.ones_like(prompt)}):
+        cache = model.prefill(prompt[:, :held], progress=False)
+        assert torch.equal(model.generate(prompt, past_key_values=cache, **mask, **settings, **GREEDY), expected)
+        assert cache.get_seq_length() == expected.shape[1] - 1
+
+
+def test_going_on_from_a_cache_needs_all_ids():
+    model, prompt = make_model("v3"), make_tokens(1, 30)
+    cache, mask = model.prefill(prompt[:, :20], progress=False), torch.ones_like(prompt)
+    with pytest.raises(ValueError, match=r"holds 20 tokens.*10 behind them.*pass them"):
+        model.generate(
+            prompt[:, 20:], attention_mask=mask, past_key_values=cache, prompt_lookup_num_tokens=2, **GREEDY
+        )
+
+
 def test_draft_model_of_another_family():
     model, assistant, prompt = make_model("v3"), make_model("llama"), make_tokens(1, 12)
     actual = model.generate(prompt, assistant_model=assistant, **GREEDY)
