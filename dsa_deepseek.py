@@ -86,10 +86,11 @@ class DeepseekDSA(DeepseekMLA):
         attention_mask: VisibleTokens | torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         has_past: bool = False,
+        token_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """As in MLA; `VisibleTokens` ask for attention to selected tokens, which has no probabilities, and in training
-        gives the indexer's loss.
+        gives the indexer's loss, over the tokens of `token_mask`, bool [B, S] (None: all).
 
         Raises:
             ValueError: attention maps are asked for, or `kv_b_proj` has no matrix, where tokens are selected.
@@ -136,6 +137,7 @@ class DeepseekDSA(DeepseekMLA):
             VisibleTokens(*attention_mask),  # of tracers that cut a model in layers it comes as a plain tuple
             attend_all=self.config.index_warmup,
             learns=self.training and self.learns(),
+            token_mask=token_mask,
             mesh=getattr(getattr(self.kv_b_proj, "weight", None), "device_mesh", None),
         )
         return self._output(output, hidden_states), None, index_loss
@@ -340,6 +342,7 @@ def selected_latent_attention(
     visible: VisibleTokens,
     attend_all: bool = False,
     learns: bool = False,
+    token_mask: torch.Tensor | None = None,
     mesh=None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """MLA over the tokens that the indexer selects, V3.2-Exp eq. 2, in chunks of queries.
@@ -350,10 +353,11 @@ def selected_latent_attention(
         states: the indexer's for the S queries.
         attend_all: attend to all visible tokens, the indexer only learns (dense warm-up).
         learns: compute the index loss, over the tokens attended to.
+        token_mask: bool [B, S], which queries count in it; padding behind the tokens sees them. None: all.
         mesh: with tensor parallelism, the DeviceMesh of the processes that have the other heads.
 
     Returns:
-        [B, S, H, Dv], and the index loss: its mean over the queries that are tokens and see something.
+        [B, S, H, Dv], and the index loss: its mean over the queries that count and see something.
     """
     batch, heads, length, _ = q_nope.shape
     if mesh is not None and torch.is_grad_enabled():
@@ -376,8 +380,8 @@ def selected_latent_attention(
             chosen = indexer.select(states, index_key, visible, queries)
             seen = chosen >= 0
         counted = seen.any(dim=-1)  # [B or 1, C]
-        if visible.tokens is not None:  # padding behind the tokens sees them
-            counted = counted & visible.tokens[:, visible.total - length :][:, queries]
+        if token_mask is not None:
+            counted = counted & token_mask[:, queries]
         arguments = (
             *(q_nope[:, :, queries], q_rope[:, :, queries], latent[:, :end], k_rope[:, :end], up_projections),
             *(states.query[:, queries], states.weights[:, queries], index_key[:, :end]),
@@ -389,7 +393,7 @@ def selected_latent_attention(
         outputs.append(output)
         losses.append(loss)
         num_queries = num_queries + counted.expand(batch, -1).sum()
-    return torch.cat(outputs, dim=1), torch.stack(losses).sum() / num_queries if learns else None
+    return torch.cat(outputs, dim=1), torch.stack(losses).sum() / num_queries.clamp(min=1) if learns else None
 
 
 def _attend_chosen(

@@ -85,6 +85,27 @@ def further_targets(labels: torch.Tensor, position_ids: torch.Tensor | None, k: 
     return targets.masked_fill(ahead != position_ids + k + 1, -100)
 
 
+def places_with_further(
+    k: int, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, token_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """At which places t there is a token t + k of the same document, which multi-token-prediction module k reads there.
+
+    Args:
+        inputs_embeds: [B, S, hidden_size]; only its shape matters.
+        position_ids: int64 [B or 1, S], which go up by one within a document.
+        token_mask: bool [B, S], which tokens are real; None: all.
+
+    Returns:
+        bool [B, S]
+    """
+    batch, length, _ = inputs_embeds.shape
+    inside = torch.arange(length, device=position_ids.device) < length - k  # [S]
+    found = inside & (position_ids.roll(-k, dims=1) == position_ids + k)  # [B or 1, S]
+    if token_mask is not None:
+        found = found & token_mask & token_mask.roll(-k, dims=1)
+    return found.expand(batch, -1)
+
+
 def share_of_step(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
     """These targets as a share of those of the optimizer step, over micro-batches and processes; 1 for a whole step.
 

@@ -59,7 +59,14 @@ from .loading_deepseek import (
     register_expert_conversion,
     settle_experts,
 )
-from .losses_deepseek import LayerNotes, LayerOutput, further_targets, share_of_step, sum_losses
+from .losses_deepseek import (
+    LayerNotes,
+    LayerOutput,
+    further_targets,
+    places_with_further,
+    share_of_step,
+    sum_losses,
+)
 from .mla_deepseek import DeepseekMLA
 from .moe_deepseek import DeepseekExperts, DeepseekMoE, DeepseekRouter, update_router_bias
 from .nsa_deepseek import BlockCompressor, DeepseekNSA
@@ -169,6 +176,8 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
     ) -> LayerOutput:
         """hidden_states [B, S, hidden_size]; token_mask bool [B, S], which tokens are real; token_ids int64 [B, S], where the
         model was given ids; the rest goes to the attention"""
+        if token_mask is not None and self.self_attn.learns():
+            kwargs["token_mask"] = token_mask
         attended, _, index_loss = self.self_attn(self.input_layernorm(self.residual.read(hidden_states)), **kwargs)
         stream = self.residual.write(hidden_states, attended)
         normed = self.post_attention_layernorm(self.residual.read(stream))
@@ -421,7 +430,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         """Runs the multi-token-prediction modules over whole rows, without a cache.
 
         Module k sees token t + k at place t. The last k places of a row have no such token; they get the row's first
-        ones, which no earlier place attends to, and what they predict means nothing.
+        ones, which no earlier place attends to; what they predict means nothing, and they count in no loss.
 
         Args:
             hidden_states: the model's `last_hidden_state` for the other arguments, which are as in `forward`.
@@ -436,7 +445,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         states, notes, first = [], LayerNotes(self.training), self.config.num_hidden_layers
         for k, (layer, kind) in enumerate(zip(self.layers[first:], self.layer_kinds[first:], strict=True), start=1):
             # positional, since reentrant gradient checkpointing tracks only such arguments
-            output = layer(hidden_states, inputs_embeds.roll(-k, dims=1), **arguments[kind], **kwargs)
+            settings = arguments[kind] | {"token_mask": places_with_further(k, inputs_embeds, *visible[1:])}
+            output = layer(hidden_states, inputs_embeds.roll(-k, dims=1), **settings, **kwargs)
             hidden_states = notes.take(layer, output)
             states.append(hidden_states)
         return states, notes.aux_loss, notes.index_loss

@@ -396,7 +396,7 @@ def sequence_balance_loss(
     if token_mask is not None:
         shares = shares * token_mask[..., None]
         lengths = token_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    top_k = chosen.sum(dim=-1).amax()
+    top_k = chosen.sum(dim=-1).amax().clamp(min=1)  # 0 where all is padding
     fractions = chosen.sum(dim=1) * (chosen.shape[-1] / (top_k * lengths))  # [B, E]
     per_row = (fractions * shares.sum(dim=1) / lengths).sum(dim=-1)  # [B]
     return per_row.mean() if token_mask is None else per_row.sum() / token_mask.any(dim=1).sum().clamp(min=1)

@@ -38,9 +38,10 @@ def test_loads_of_training_steps(family):
     model, tokens, chosen, handles = make_model(family).train(), make_tokens(2, 20), {}, []
     for i, gate in gates(model).items():
         chosen[i] = torch.zeros(8)
+        ahead = max(0, i + 1 - model.config.num_hidden_layers)  # what a prediction module reads is not there for all
 
-        def count(_, args, output, i=i):
-            chosen[i] += output[2].flatten().bincount(minlength=8)
+        def count(_, args, output, i=i, read=20 - ahead):
+            chosen[i] += output[2].view(2, 20, -1)[:, :read].flatten().bincount(minlength=8)
 
         handles.append(gate.register_forward_hook(count))
     for seed in (0, 1):
@@ -208,6 +209,8 @@ def test_two_processes_agree_with_one(tmp_path):
     single, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("single", "rank0", "rank1"))
     assert json.dumps(first) == json.dumps(second)
     assert first["loads"][0] == single["loads"][0]
-    assert all(sum(load) == 4 * 16 * 3 for step in first["loads"] for load in step.values())
+    for step in first["loads"]:
+        for layer, load in step.items():  # layer 3 is a prediction module, which reads one token less
+            assert sum(load) == 4 * (15 if int(layer) == 3 else 16) * 3
     assert first["bias"] == single["bias"]
     assert first["weight"] == pytest.approx(single["weight"], abs=1e-4)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_close, assert_gradients_close, gradients
+from deepseek_repo.losses_deepseek import places_with_further
 from deepseek_repo.moe_deepseek import sequence_balance_loss
 from slow_reference import SlowModel, slow_balance_loss, slow_cross_entropy
 from tiny import FAMILIES, MAIN_FAMILIES, MOE_FAMILIES, MTP_FAMILIES, make_model, make_tokens
@@ -113,7 +114,10 @@ def test_checkpointing_counts_each_token_once(family, use_reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model(tokens, labels=tokens).loss.backward()
     for layer, load in model.update_router_bias(0.0).items():
-        assert load.sum() == tokens.numel() * model.config.num_experts_per_tok, f"layer {layer}"
+        ahead = max(
+            0, layer + 1 - model.config.num_hidden_layers
+        )  # what a prediction module reads is not there for all
+        assert load.sum() == 2 * (20 - ahead) * model.config.num_experts_per_tok, f"layer {layer}"
 
 
 # Multi-token prediction
@@ -156,6 +160,51 @@ def test_mtp_ignores_padding(name, padding):
         (losses[0][k - 1] + losses[1][k - 1]) / (16 - k - 1 + short.shape[1] - k - 1) for k in range(1, modules + 1)
     )
     assert_close(actual, expected / modules)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_changes_no_loss_and_no_gradient(name, padding):
+    """Of a row alone: next token, modules, balance, indexers."""
+    model, tokens = make_model(name).train(), make_tokens(1, 24)
+    expected = model(tokens, labels=tokens)
+    expected.loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    none = torch.full((1, 30), 2)
+    padded = torch.cat((none, tokens) if padding == "left" else (tokens, none), dim=1)
+    mask = (padded != 2).long()
+    labels = padded.masked_fill(mask == 0, -100)
+    labels[:, mask.argmax()] = -100  # the first token has none before it to predict it
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    actual = model(padded, attention_mask=mask, position_ids=positions, labels=labels)
+    for loss in ("lm_loss", "mtp_loss", "aux_loss", "index_loss", "loss"):
+        assert (getattr(actual, loss) is None) == (getattr(expected, loss) is None)
+        if getattr(expected, loss) is not None:
+            assert_close(getattr(actual, loss), getattr(expected, loss), loss, atol=1e-5)
+    actual.loss.backward()
+    assert_gradients_close(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("name", MTP_FAMILIES)
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_rows_too_short_for_a_module_have_finite_losses(name, length):
+    model, tokens = make_model(name).train(), make_tokens(2, length)
+    outputs = model(tokens, labels=tokens)
+    assert outputs.aux_loss.isfinite()
+    assert outputs.mtp_loss.isfinite()
+
+
+def test_places_that_a_module_can_read():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])  # three documents
+    embeds = torch.zeros(2, 8, 1)
+    first, last = torch.ones(2, 8, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
+    first[1, :1], last[1, 6:] = False, False
+    for mask, second in ((None, "11011100"), (first, "01011100"), (last, "11011000")):
+        by_hand = torch.tensor([[int(c) for c in row] for row in ("11011100", second)]).bool()
+        assert torch.equal(places_with_further(1, embeds, positions, mask), by_hand)
+    assert places_with_further(2, embeds, positions, None)[0].tolist() == [c == "1" for c in "10011000"]
+    assert not places_with_further(9, embeds, positions, None).any()
 
 
 @pytest.mark.parametrize("name", MTP_FAMILIES)
@@ -244,11 +293,11 @@ def test_aux_loss_of_a_model(name, padded):
     outputs = model(tokens, labels=labels, attention_mask=mask)
     assert len(routed) == 2 + model.config.num_nextn_predict_layers
     expected = 0.0
-    for _, (logits, _, indices) in routed:
+    for number, (_, (logits, _, indices)) in enumerate(routed):
         scores = logits.softmax(-1) if model.config.scoring_func == "softmax" else logits.sigmoid()
-        expected += slow_balance_loss(
-            scores.detach().view(3, 14, -1), indices.view(3, 14, -1), mask if padded else None
-        )
+        ahead = max(0, number - 1)  # of what module 1, 2, ... reads
+        counted = mask * F.pad(mask[:, ahead:], (0, ahead))
+        expected += slow_balance_loss(scores.detach().view(3, 14, -1), indices.view(3, 14, -1), counted)
     assert_close(outputs.aux_loss, torch.tensor(expected), "aux loss")
 
 
