@@ -1,11 +1,12 @@
-"""Decoding with few rows on a CPU: products split among the threads against `F.linear`, alone and in a model.
+"""Decoding with few rows on a CPU: products split among the threads against `F.linear`, alone, in a model, and compiled.
 
     python -m benchmarks.few_rows                 # 12 GiB of memory, ten minutes
     python -m benchmarks.few_rows --only products
 
 Products: float32, matrices of DeepSeek-V2-Lite and of this repository's checkpoint, one to 64 rows. Each call takes another
 matrix of so many that no cache holds them, as the weights of a model do. Model: the widths of V2-Lite with four layers,
-random weights, 1 to 8 texts; the time of a step is that of a generation of several tokens without that of the first.
+random weights, 1 to 8 texts; the time of a step is that of a generation of several tokens without that of the first. Compiled:
+the same for the checkpoint of this repository after 512 tokens, plain and with a static cache and a `compile_config`.
 Writes runs/benchmarks/few_rows.json.
 """
 
@@ -18,7 +19,7 @@ from itertools import cycle
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, interleave, measure_bandwidth, summarise, write_results
@@ -33,6 +34,7 @@ SHAPES = {
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 TEXTS = (1, 2, 4, 8)
 PROMPT, NEW = 64, 8
+COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig()}
 V2_LITE = {
     "vocab_size": 102400,
     "hidden_size": 2048,
@@ -88,31 +90,48 @@ def time_products(layers, repeats: int) -> list[dict]:
 def time_model(model, repeats: int) -> list[dict]:
     """A decoding step of 1 to 8 texts, with the split and without it in turns."""
     layers = code_of(model)
-    worth_a_thread, results = layers._PART_WEIGHTS, []
+    worth_a_thread = layers._PART_WEIGHTS
+
+    def split(worth: int):
+        layers._PART_WEIGHTS = worth
+
+    ways = {"F.linear": (partial(split, 2**62), {}), "linear": (partial(split, worth_a_thread), {})}
+    results = time_steps(model, ways, PROMPT, NEW, repeats)
+    split(worth_a_thread)
+    return results
+
+
+def time_steps(model, ways: dict, prompt: int, new: int, repeats: int) -> list[dict]:
+    """A decoding step of 1 to 8 texts in each way in turns.
+
+    Args:
+        ways: name -> what is called before, further settings of `generate`; the first is what others are compared with.
+        prompt, new: tokens before, tokens whose time is taken.
+    """
+    results = []
     for texts in TEXTS:
-        tokens = torch.randint(3, model.config.vocab_size, (texts, PROMPT), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(3, model.config.vocab_size, (texts, prompt), generator=torch.Generator().manual_seed(0))
 
-        def run(split: bool, count: int, tokens=tokens):
-            layers._PART_WEIGHTS = worth_a_thread if split else 2**62
-            options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-            model.generate(tokens, max_new_tokens=count, **options)
+        def run(prepare, settings: dict, count: int, tokens=tokens):
+            prepare()
+            options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "max_new_tokens": count}
+            model.generate(tokens, **options, **settings)
 
-        turns = {(split, n): partial(run, split, n) for split in (False, True) for n in (1, 1 + NEW)}
-        seconds = interleave(turns, repeats)
+        turns = {(name, n): partial(run, *way, n) for name, way in ways.items() for n in (1, 1 + new)}
+        seconds = interleave(turns, repeats, warmup=2)
         steps = {
-            name: [(b - a) / NEW for a, b in zip(seconds[split, 1], seconds[split, 1 + NEW], strict=True)]
-            for name, split in (("F.linear", False), ("linear", True))
+            name: [(b - a) / new for a, b in zip(seconds[name, 1], seconds[name, 1 + new], strict=True)]
+            for name in ways
         }
-        results.append({"texts": texts, **summarise(steps, "F.linear")})
+        results.append({"texts": texts, **summarise(steps, next(iter(ways)))})
         print(texts, {name: round(statistics.median(values) * 1e3, 1) for name, values in steps.items()}, flush=True)
-    layers._PART_WEIGHTS = worth_a_thread
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_rows", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=("products", "model"), help="one part")
+    parser.add_argument("--only", choices=("products", "model", "compiled"), help="one part")
     parser.add_argument(
         "--repeats", type=int, default=5, help="turns of the model; products take ten times as many (5)"
     )
@@ -122,9 +141,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     results = {"machine": describe_machine(), "gigabytes_a_second": round(measure_bandwidth() / 1e9, 1)}
     with torch.inference_mode():
-        if arguments.only != "model":
+        if arguments.only in (None, "products"):
             results["products"] = time_products(code_of(load(ROOT)), 10 * arguments.repeats)
-        if arguments.only != "products":
+        if arguments.only in (None, "compiled"):
+            ways = {"plain": (lambda: None, {}), "compiled": (lambda: None, COMPILED)}
+            results["compiled"] = time_steps(load(ROOT), ways, 512, 64, arguments.repeats)
+        if arguments.only in (None, "model"):
             config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **V2_LITE)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32).eval()
             results["model"] = time_model(model, arguments.repeats)
