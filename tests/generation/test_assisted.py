@@ -42,7 +42,8 @@ def test_going_on_from_a_cache(family, held, drafts):
     """Only what the cache does not hold is read."""
     model, prompt = make_model(family), make_tokens(1, 30)
     settings = {"prompt_lookup_num_tokens": 4} if drafts == "prompt lookup" else {"assistant_model": make_model("v3")}
-    expected = model.generate(prompt, **GREEDY)
+    plain, expected = model.generate(prompt, **GREEDY), model.generate(prompt, **settings, **GREEDY)
+    assert torch.equal(expected[:, : plain.shape[1]], plain)  # transformers 5.6 may write a token more
     for mask in ({}, {"attention_mask": torch.ones_like(prompt)}):
         cache = model.prefill(prompt[:, :held], progress=False)
         assert torch.equal(model.generate(prompt, past_key_values=cache, **mask, **settings, **GREEDY), expected)
