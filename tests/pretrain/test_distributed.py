@@ -77,12 +77,13 @@ def _records(run) -> list[dict]:
 
 
 def _assert_alike(run, reference, tolerance):
-    """The first step to rounding, and later ones, whose weights an optimizer has made of noise too, to `tolerance`."""
+    """The first step to rounding. AdamW then makes steps of gradients near its epsilon, which are noise: the norm shows it."""
     found, expected = _records(run), _records(reference)
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for record, wanted in zip(found, expected, strict=True):
         for name in {"loss", "lm_loss", "mtp_loss", "aux_loss", "grad_norm"} & wanted.keys():
-            allowed = 1e-6 if record["step"] == 1 else tolerance
+            later = max(tolerance, 1e-3) if name == "grad_norm" else tolerance
+            allowed = 1e-6 if record["step"] == 1 else later
             assert record[name] == pytest.approx(wanted[name], rel=allowed), (record["step"], name)
         for name in {"bits_per_byte", "router_bias"} & wanted.keys():
             assert {k: pytest.approx(v, rel=tolerance) for k, v in wanted[name].items()} == record[name]
@@ -92,8 +93,8 @@ def _assert_alike(run, reference, tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "optimizer", "tolerance"),
-    # AdamW makes whole steps of noise about zero, and Muon's iteration runs in bfloat16
-    [("ddp", "adamw", 1e-3), ("fsdp2", "adamw", 1e-3), ("fsdp2", "muon", 1e-3)],
+    # Muon's iteration runs in bfloat16, which makes more of a last digit
+    [("ddp", "adamw", 1e-4), ("fsdp2", "adamw", 1e-4), ("fsdp2", "muon", 1e-3)],
 )
 def test_two_processes_train_as_one(workspace, checkpoint, tmp_path, config, optimizer, tolerance):
     model_dir = checkpoint("v3", vocab_size=VOCAB_SIZE)
