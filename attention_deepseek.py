@@ -170,27 +170,6 @@ def eager_attention_forward(
     return (probs @ value).transpose(1, 2).contiguous(), probs  # [B, S, H, Dv]
 
 
-def check_mask_width(attention_mask: torch.Tensor | None, length: int, past_length: int | torch.Tensor) -> None:
-    """
-    Args:
-        length: S, new tokens.
-        past_length: tokens in the cache; with a tensor, as in compiled steps, nothing is checked.
-
-    Raises:
-        ValueError: a mask [B, T] leaves tokens out, such as those of the cache.
-    """
-    if attention_mask is None or attention_mask.ndim != 2 or isinstance(past_length, torch.Tensor):
-        return
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return  # what is recorded must hold for other lengths too
-    total = past_length + length
-    if attention_mask.shape[1] < total:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but there are {total} tokens, the {past_length} of "
-            f"the cache among them: it must be [batch, {total}], 1 for tokens and 0 for padding."
-        )
-
-
 def apply_mask(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The scores, with masked ones set to the dtype's smallest number, so that a row without visible keys stays
     finite.

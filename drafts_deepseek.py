@@ -577,6 +577,11 @@ def _draw(weights: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, drawn, right=True)[:, 0]  # the first sum above: its weight is not zero
 
 
+def count_cached(cache: Cache | None) -> int:
+    """Tokens in a cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def check_new_tokens(prompt_width: int, generation_config: Any, model_kwargs: dict) -> tuple[int, int]:
     """-> how many tokens the cache holds, and how many of a prompt it does not
 
@@ -588,7 +593,7 @@ def check_new_tokens(prompt_width: int, generation_config: Any, model_kwargs: di
         ValueError: none of the tokens is new.
     """
     cache, embeds, mask = (model_kwargs.get(name) for name in (CACHE_NAME, "inputs_embeds", "attention_mask"))
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = count_cached(cache)
     mask_width = getattr(generation_config, "_mask_length", prompt_width) if mask is None else mask.shape[-1]
     if embeds is not None:
         count = embeds.shape[1] - past

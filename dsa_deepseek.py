@@ -206,9 +206,8 @@ class LightningIndexer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> IndexStates:
         """hidden_states [B, S, hidden_size], query_latent [B, S, q_lora_rank], cos and sin [B, S, Dr/2]"""
-        query = (
-            project(self.wq_b, query_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        )  # [B, H, S, D]
+        query = project(self.wq_b, query_latent).unflatten(-1, (self.num_heads, self.head_dim))  # [B, S, H, D]
+        query = query.transpose(1, 2)  # [B, H, S, D]
         query = self._rotate(query, position_embeddings).transpose(1, 2)  # [B, S, H, D]
         weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float()  # [B, S, H]
         weights = weights * (self.num_heads * self.head_dim) ** -0.5
@@ -310,16 +309,13 @@ class SumGradient(torch.autograd.Function):
         return gradient, None
 
 
-def index_loss(
-    probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, counted: torch.Tensor | None = None, mesh=None
-) -> torch.Tensor:
+def index_loss(probs: torch.Tensor, scores: torch.Tensor, seen: torch.Tensor, mesh=None) -> torch.Tensor:
     """KL(attention summed over heads and normalised || softmax of index scores), summed over the queries.
 
     Args:
         probs: [B, C, H, n], constants here.
         scores: [B, C, n].
-        seen: bool [B or 1, C, n].
-        counted: bool [B or 1, C], which queries add to the sum; by default those that see something.
+        seen: bool [B or 1, C, n]; a query that sees nothing (padding) adds nothing.
         mesh: the processes among which the heads are divided.
     """
     target = probs.detach().mean(dim=2)  # [B, C, n]
@@ -327,7 +323,7 @@ def index_loss(
         torch.distributed.all_reduce(target.div_(mesh.size()), group=mesh.get_group())
     log_index = scores.float().masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(dim=-1)
     divergence = F.kl_div(log_index, target, reduction="none").sum(dim=-1)  # [B, C]
-    return (divergence * (seen.any(dim=-1) if counted is None else counted)).sum()
+    return (divergence * seen.any(dim=-1)).sum()
 
 
 def selected_latent_attention(
@@ -379,20 +375,18 @@ def selected_latent_attention(
         else:
             chosen = indexer.select(states, index_key, visible, queries)
             seen = chosen >= 0
-        counted = seen.any(dim=-1)  # [B or 1, C]
-        if token_mask is not None:
-            counted = counted & token_mask[:, queries]
+        taught = seen if token_mask is None else seen & token_mask[:, queries, None]  # [B or 1, C, n]
         arguments = (
             *(q_nope[:, :, queries], q_rope[:, :, queries], latent[:, :end], k_rope[:, :end], up_projections),
             *(states.query[:, queries], states.weights[:, queries], index_key[:, :end]),
-            *(seen, counted, chosen, learns, mesh),
+            *(seen, taught, chosen, learns, mesh),
         )
         # in training the backward gathers again: storing the gathered latents would take S * topk of them
         run = partial(checkpoint, _attend_chosen, use_reentrant=False) if torch.is_grad_enabled() else _attend_chosen
         output, loss = run(*arguments)
         outputs.append(output)
         losses.append(loss)
-        num_queries = num_queries + counted.expand(batch, -1).sum()
+        num_queries = num_queries + taught.any(dim=-1).expand(batch, -1).sum()
     return torch.cat(outputs, dim=1), torch.stack(losses).sum() / num_queries.clamp(min=1) if learns else None
 
 
@@ -406,12 +400,13 @@ def _attend_chosen(
     index_weights,
     index_key,
     seen,
-    counted,
+    taught,
     chosen,
     learns,
     mesh,
 ):
-    """One chunk of `selected_latent_attention` -> [B, C, H, Dv], summed index loss; chosen None: all tokens"""
+    """One chunk of `selected_latent_attention` -> [B, C, H, Dv], summed index loss; chosen None: all tokens; taught: what
+    queries have seen that count in the loss"""
     if chosen is not None and not learns and not torch.is_grad_enabled() and kernels_run_on(latent):
         return attend_chosen_latents(q_nope, q_rope, latent, k_rope, up_projections, chosen), None
     if chosen is not None:
@@ -420,4 +415,4 @@ def _attend_chosen(
     if not learns:
         return output, None
     index_key = index_key if chosen is None else gather_tokens(index_key, chosen)
-    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), seen, counted, mesh)
+    return output, index_loss(probs, index_scores(index_query, index_weights, index_key), taught, mesh)

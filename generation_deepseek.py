@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .attention_deepseek import COMPILED_STEP, INT8_CACHE, LIBRARY_CACHE, PAGED_CACHE, STATIC_CACHE, require
 from .cache_deepseek import PAGED_CACHE_SIZES, Int8Layer, check_offloading, size_paged_cache
 from .compat_deepseek import CACHE_NAME, HAS_PAGED_CACHE, gives_cache_by_its_name
-from .drafts_deepseek import GRAMMAR_LIBRARIES, STATEFUL_PROCESSORS, Speculation, check_new_tokens
+from .drafts_deepseek import GRAMMAR_LIBRARIES, STATEFUL_PROCESSORS, Speculation, check_new_tokens, count_cached
 from .prefix_deepseek import Prefix, describe_model, read_prefix
 
 _CHUNK = 1024  # tokens of a chunk of `prefill`
@@ -45,7 +45,7 @@ class DeepseekGenerationMixin(_Generation):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):
         if kwargs.get("next_sequence_length", 0) is None:  # all of `input_ids`, in a first pass
-            ids, mask, past = args[0], kwargs.get("attention_mask"), _length(kwargs.get(CACHE_NAME))
+            ids, mask, past = args[0], kwargs.get("attention_mask"), count_cached(kwargs.get(CACHE_NAME))
             embeds = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") else None
             if past and embeds is None and mask is not None and mask.ndim == 2 and mask.shape[1] == ids.shape[1]:
                 # assisted decoding would run the whole text again, behind what the cache holds of it
@@ -153,15 +153,15 @@ class DeepseekGenerationMixin(_Generation):
         return Speculation(self, *arguments, model_kwargs).run(streamer)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        """As in transformers, which reads the whole prompt again where the cache holds all of it."""
+        """As in transformers, but a cache that holds all of the prompt is refused: it would be read again behind itself."""
         check_new_tokens(input_ids.shape[1], generation_config, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _assisted_decoding(self, input_ids: torch.LongTensor, logits_processor: LogitsProcessorList, *args, **kwargs):
         """As in transformers, which calls processors for rejected drafts as well."""
-        if _length(kwargs.get(CACHE_NAME)):
-            generation_config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-            past, count = check_new_tokens(input_ids.shape[1], generation_config, kwargs)
+        generation_config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        past, count = check_new_tokens(input_ids.shape[1], generation_config, kwargs)
+        if past:
             if kwargs.get("inputs_embeds") is not None or past + count != input_ids.shape[1]:
                 raise ValueError(
                     f"`past_key_values` holds {past} tokens, and `input_ids` are the {input_ids.shape[1]} behind them. "
@@ -201,7 +201,7 @@ class DeepseekGenerationMixin(_Generation):
         if chunk_size < 1:
             raise ValueError(f"`chunk_size` is {chunk_size}: allowed are 1, 2, ...")
         cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-        length, past = input_ids.shape[1], int(cache.get_seq_length())
+        length, past = input_ids.shape[1], count_cached(cache)
         if past > length:
             raise ValueError(f"`past_key_values` holds {past} tokens, `input_ids` {length}: it must hold all of them.")
         positions = torch.arange(length, device=input_ids.device)[None]
@@ -318,11 +318,6 @@ class DeepseekGenerationMixin(_Generation):
 
         manager._create_batch_processor = create_sized
         return manager
-
-
-def _length(cache: Cache | None) -> int:
-    """Tokens in a cache."""
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 class _PagedView:

@@ -79,10 +79,7 @@ def further_targets(labels: torch.Tensor, position_ids: torch.Tensor | None, k: 
         int64 [B, S], -100 where there is nothing to predict.
     """
     targets = F.pad(labels[:, k + 1 :], (0, k + 1), value=-100)
-    if position_ids is None:
-        return targets
-    ahead = F.pad(position_ids[:, k + 1 :], (0, k + 1), value=-1)
-    return targets.masked_fill(ahead != position_ids + k + 1, -100)
+    return targets if position_ids is None else targets.masked_fill(~_has_ahead(position_ids, k + 1), -100)
 
 
 def places_with_further(
@@ -98,12 +95,17 @@ def places_with_further(
     Returns:
         bool [B, S]
     """
-    batch, length, _ = inputs_embeds.shape
-    inside = torch.arange(length, device=position_ids.device) < length - k  # [S]
-    found = inside & (position_ids.roll(-k, dims=1) == position_ids + k)  # [B or 1, S]
+    found = _has_ahead(position_ids, k)  # [B or 1, S]
     if token_mask is not None:
         found = found & token_mask & token_mask.roll(-k, dims=1)
-    return found.expand(batch, -1)
+    return found.expand(len(inputs_embeds), -1)
+
+
+def _has_ahead(position_ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Whether the token `count` places on is there and of the same document. [B or 1, S] -> bool, the same shape"""
+    length = position_ids.shape[1]
+    inside = torch.arange(length, device=position_ids.device) < length - count  # [S]
+    return inside & (position_ids.roll(-count, dims=1) == position_ids + count)
 
 
 def share_of_step(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:

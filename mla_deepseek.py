@@ -226,10 +226,10 @@ class DeepseekMLA(DeepseekAttention):
         """
         if past_key_values is None:
             return latent, k_rope, None
-        layer = past_key_values.layers[self.layer_idx]
+        layer = past_key_values.layers[self.layer_idx] if has_past else None
         # A static layer of ours holds nothing else; were its `keys` read, a compiled step would have them beside the buffer
         # that they lie in, and PyTorch fails with two such inputs once their length is not the one compiled for.
-        held = getattr(layer, "keys", None) if has_past and not isinstance(layer, StaticLatentLayer) else None
+        held = None if isinstance(layer, StaticLatentLayer) else getattr(layer, "keys", None)
         if held is not None and held.ndim == 4 and (held.shape[1], held.shape[3]) != (1, self.kv_lora_rank):
             raise ValueError(
                 f"`past_key_values` holds keys of shape {tuple(held.shape)}, but {self.title} caches latents, which are "

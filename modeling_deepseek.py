@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_deepseek import AttentionInput, DeepseekAttention, View, check_mask_width
+from .attention_deepseek import AttentionInput, DeepseekAttention, View
 from .cache_deepseek import GrowingLayer, check_lengths, use_growing_layers
 from .compat_deepseek import cache_field, model_output, takes_cache_by_either_name
 from .configuration_deepseek import DeepseekConfig
@@ -73,7 +73,7 @@ from .nsa_deepseek import BlockCompressor, DeepseekNSA
 from .nsa_kernels_deepseek import compressed_attention  # noqa: F401
 from .prefix_deepseek import Prefix  # noqa: F401
 from .selection_deepseek import rank_places  # noqa: F401
-from .spans_deepseek import restarts
+from .spans_deepseek import check_token_mask, restarts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -518,7 +518,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-        check_mask_width(attention_mask, inputs_embeds.shape[1], past_length)
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # what must hold for other lengths too
+        if attention_mask is not None and attention_mask.ndim == 2 and isinstance(past_length, int) and not recorded:
+            check_token_mask(attention_mask, past_length + inputs_embeds.shape[1])
         token_mask = None
         if self.training and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
             token_mask = attention_mask.bool()

@@ -739,9 +739,8 @@ class DeepseekNSA(DeepseekAttention):
             )
 
         def heads(projection: nn.Linear) -> torch.Tensor:
-            return (
-                project(projection, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            )  # [B, H or K, S, D]
+            states = project(projection, hidden_states).unflatten(-1, (-1, self.head_dim))  # [B, S, H or K, D]
+            return states.transpose(1, 2)
 
         def rotate(states: torch.Tensor) -> torch.Tensor:
             return apply_rotary(states, *position_embeddings, layout="half")

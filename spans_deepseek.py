@@ -21,6 +21,22 @@ class Span(NamedTuple):
     stop: int
 
 
+def check_token_mask(attention_mask: torch.Tensor, total: int, kind: str = "") -> None:
+    """
+    Args:
+        total: T, the tokens of the cache and the new ones.
+        kind: of attention, for the message, such as "with NSA ".
+
+    Raises:
+        ValueError: the mask is not one of tokens and padding, [B, T], or leaves tokens out, such as those of the cache.
+    """
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < total:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; {kind}it must be [batch, tokens], here {total} tokens "
+            "(the cache's counted), 1 for tokens and 0 for padding."
+        )
+
+
 def find_documents(
     attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_length: int, has_cache: bool
 ) -> list[Span] | None:
@@ -45,11 +61,7 @@ def find_documents(
             spans += [Span(row, *bounds) for bounds in pairwise(begins)]
         return spans
 
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; with NSA it must be [batch, tokens], here "
-            f"{length} tokens (the cache's counted), 1 for tokens and 0 for padding."
-        )
+    check_token_mask(attention_mask, length, "with NSA ")
     mask = attention_mask[:, :length].bool()
     if bool(mask.all()):
         return None
@@ -117,11 +129,7 @@ def find_visible_tokens(
     length = position_ids.shape[1]
     total = past_length + length
     if attention_mask is not None:
-        if attention_mask.ndim != 2 or attention_mask.shape[1] < total:
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}; with an indexer it must be [batch, "
-                f"tokens], here {total} tokens (the cache's counted), 1 for tokens and 0 for padding."
-            )
+        check_token_mask(attention_mask, total, "with an indexer ")
         return VisibleTokens(total, attention_mask[:, :total].bool(), None)
     if has_cache:
         return VisibleTokens(total, None, None)

@@ -19,11 +19,11 @@ from itertools import cycle
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, interleave, measure_bandwidth, summarise, write_results
-from benchmarks.profile_decode import load
+from benchmarks.profile_decode import compiled, load, token_seconds
 from common.command import run_command
 from common.machine import describe_machine
 
@@ -33,8 +33,6 @@ SHAPES = {
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 TEXTS = (1, 2, 4, 8)
-PROMPT, NEW = 64, 8
-COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig()}
 V2_LITE = {
     "vocab_size": 102400,
     "hidden_size": 2048,
@@ -77,52 +75,29 @@ def time_products(layers, repeats: int) -> list[dict]:
                 }
                 summary = summarise(interleave(functions, repeats), "F.linear")
                 results.append({"of": source, "matrix": [out, width], "rows": count, **summary})
-                print(
-                    source,
-                    (out, width),
-                    count,
-                    {name: part["median_ms"] for name, part in summary.items()},
-                    flush=True,
-                )
+                medians = {name: part["median_ms"] for name, part in summary.items()}
+                print(source, (out, width), count, medians, flush=True)
     return results
 
 
 def time_model(model, repeats: int) -> list[dict]:
     """A decoding step of 1 to 8 texts, with the split and without it in turns."""
     layers = code_of(model)
-    worth_a_thread = layers._PART_WEIGHTS
 
-    def split(worth: int):
+    def generate(worth: int, *arguments, **settings):
         layers._PART_WEIGHTS = worth
+        return model.generate(*arguments, **settings)
 
-    ways = {"F.linear": (partial(split, 2**62), {}), "linear": (partial(split, worth_a_thread), {})}
-    results = time_steps(model, ways, PROMPT, NEW, repeats)
-    split(worth_a_thread)
-    return results
+    ways = {"F.linear": partial(generate, 2**62), "linear": partial(generate, layers._PART_WEIGHTS)}
+    return time_steps(ways, repeats, prompt=64, new=9, vocabulary=model.config.vocab_size)
 
 
-def time_steps(model, ways: dict, prompt: int, new: int, repeats: int) -> list[dict]:
-    """A decoding step of 1 to 8 texts in each way in turns.
-
-    Args:
-        ways: name -> what is called before, further settings of `generate`; the first is what others are compared with.
-        prompt, new: tokens before, tokens whose time is taken.
-    """
+def time_steps(ways: dict, repeats: int, **sizes) -> list[dict]:
+    """A decoding step of 1 to 8 texts in each way in turns; the first is what the others are compared with. Sizes are those of
+    `token_seconds`."""
     results = []
     for texts in TEXTS:
-        tokens = torch.randint(3, model.config.vocab_size, (texts, prompt), generator=torch.Generator().manual_seed(0))
-
-        def run(prepare, settings: dict, count: int, tokens=tokens):
-            prepare()
-            options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "max_new_tokens": count}
-            model.generate(tokens, **options, **settings)
-
-        turns = {(name, n): partial(run, *way, n) for name, way in ways.items() for n in (1, 1 + new)}
-        seconds = interleave(turns, repeats, warmup=2)
-        steps = {
-            name: [(b - a) / new for a, b in zip(seconds[name, 1], seconds[name, 1 + new], strict=True)]
-            for name in ways
-        }
+        steps = token_seconds(ways, repeats, texts, **sizes)
         results.append({"texts": texts, **summarise(steps, next(iter(ways)))})
         print(texts, {name: round(statistics.median(values) * 1e3, 1) for name, values in steps.items()}, flush=True)
     return results
@@ -144,8 +119,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.only in (None, "products"):
             results["products"] = time_products(code_of(load(ROOT)), 10 * arguments.repeats)
         if arguments.only in (None, "compiled"):
-            ways = {"plain": (lambda: None, {}), "compiled": (lambda: None, COMPILED)}
-            results["compiled"] = time_steps(load(ROOT), ways, 512, 64, arguments.repeats)
+            model = load(ROOT)
+            ways = {"plain": model.generate, "compiled": partial(model.generate, **compiled())}
+            results["compiled"] = time_steps(ways, arguments.repeats)
         if arguments.only in (None, "model"):
             config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **V2_LITE)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32).eval()

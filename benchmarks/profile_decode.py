@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -45,17 +46,35 @@ def load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 
-def token_seconds(ways: dict[str, tuple[torch.nn.Module, dict]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of a decoded token in each turn, of models with further settings, which take turns."""
-    tokens = torch.randint(3, 8192, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+def compiled() -> dict:
+    """Settings of `generate` that compile the step."""
+    return {"cache_implementation": "static", "compile_config": CompileConfig()}
+
+
+def token_seconds(
+    ways: dict[str, Callable],
+    repeats: int,
+    texts: int = 1,
+    prompt: int = PROMPT,
+    new: int = NEW,
+    vocabulary: int = 8192,
+) -> dict[str, list[float]]:
+    """Seconds of a decoded token in each turn, of several ways to call `generate`, which take turns.
+
+    Args:
+        ways: what is called as `generate` is.
+        texts, prompt, new: rows, tokens before, tokens written, of which the first is not counted.
+        vocabulary: ids that a random prompt may have.
+    """
+    tokens = torch.randint(3, vocabulary, (texts, prompt), generator=torch.Generator().manual_seed(0))
     turns = {}
-    for name, (model, more) in ways.items():
-        for count in (1, NEW):
-            turns[name, count] = partial(model.generate, tokens, max_new_tokens=count, **SETTINGS, **more)
+    for name, generate in ways.items():
+        for count in (1, new):
+            turns[name, count] = partial(generate, tokens, max_new_tokens=count, **SETTINGS)
             turns[name, count]()  # compiles where something is compiled
     seconds = interleave(turns, repeats)
     return {
-        name: [(whole - first) / (NEW - 1) for whole, first in zip(seconds[name, NEW], seconds[name, 1], strict=True)]
+        name: [(whole - first) / (new - 1) for whole, first in zip(seconds[name, new], seconds[name, 1], strict=True)]
         for name in ways
     }
 
@@ -108,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     models = {"this": load(ROOT)} | ({"before": load(arguments.against)} if arguments.against else {})
-    ways = {name: (model, {}) for name, model in models.items()}
-    ways["compiled"] = models["this"], {"cache_implementation": "static", "compile_config": CompileConfig()}
+    ways = {name: model.generate for name, model in models.items()}
+    ways["compiled"] = partial(models["this"].generate, **compiled())
     start = time.perf_counter()
     token_seconds({"compiled": ways["compiled"]}, 1)
     compiling = time.perf_counter() - start

@@ -21,6 +21,8 @@ from matplotlib.ticker import EngFormatter
 from common.command import Parser, one_line_errors, run_command
 from common.outputs import refuse_existing
 
+_FEW = 30  # points of a line that are shown one by one
+
 
 def read_log(path: Path) -> list[dict]:
     """The records of a JSON-lines log in file order; a last line that a full disk or a kill cut is left out and said.
@@ -38,9 +40,6 @@ def read_log(path: Path) -> list[dict]:
                 raise ValueError(f"{path} line {number} is not JSON ({error}); take that line out") from error
             print(f"note: the last line of {path} is cut; it is left out", file=sys.stderr)
     return records
-
-
-_FEW = 30  # points of a line that are shown one by one
 
 
 def draw_all(records: list[dict], output: Path) -> list[Path]:
